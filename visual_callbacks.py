@@ -1,0 +1,1012 @@
+"""Keras callbacks that show a training as it happens and make sure that it is never lost.
+
+Copy this one file beside any Keras 3 notebook or script (TensorFlow, JAX or PyTorch backend)::
+
+    checkpoint = ResumableCheckpoint("runs/first", settings={"batch_size": 250})
+    model.fit(x_train, y_train, batch_size=250, epochs=30, verbose=0, shuffle=False,
+              validation_data=(x_val, y_val), initial_epoch=checkpoint.restore(model),
+              callbacks=[AccLossPlotter(), ConfusionMatrixPlotter(x_val, y_val, classes), checkpoint])
+
+In a Jupyter or Colab kernel each plotter owns one picture, which is replaced in place; in a plain script the pictures
+are PNG files, renewed after every epoch. Names, argument order and defaults of the plotters are those of
+chasingbob/keras-visuals. Recording apart from drawing is an idea of livelossplot, text colours taken from the colormap
+one of scikit-learn's ConfusionMatrixDisplay, a backup that `fit` continues from one of Keras's BackupAndRestore.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
+import weakref
+from pathlib import Path
+
+import h5py
+import keras
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+__all__ = ["AccLossPlotter", "ConfusionMatrixPlotter", "ResumableCheckpoint", "plot_confusion_matrix", "plot_history"]
+
+TRAINING, VALIDATION, MUTED = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito's colours, safe for colour-blind readers
+_RECORDS = weakref.WeakKeyDictionary()
+
+
+def _records(model):
+    """The epochs `model` was trained for: a list of `{"epoch": 0-based, "logs": dict}`, shared by our callbacks.
+
+    This is how a plotter knows of the epochs that `restore` brought back, without being told about the checkpoint.
+    """
+    return _RECORDS.setdefault(model, [])
+
+
+class _Recorder(keras.callbacks.Callback):
+    """Keeps the records of the model being trained, however many callbacks of this module share them."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        records = _records(self.model)
+        records[:] = [record for record in records if record["epoch"] < epoch]
+
+    def on_epoch_end(self, epoch, logs=None):
+        records = _records(self.model)
+        if not records or records[-1]["epoch"] != epoch:
+            # The dict itself, not a copy: callbacks later in the list add to it (the learning rate, say).
+            records.append({"epoch": epoch, "logs": {} if logs is None else logs})
+
+
+def _number(value):
+    return float(np.mean(value)) if value is not None and np.size(value) else math.nan
+
+
+def _higher_is_better(name):
+    words = ("acc", "auc", "precision", "recall", "f1", "fbeta", "iou", "r2", "similarity", "true_")
+    return any(word in name for word in words)
+
+
+def _history_of(records):
+    """Records as columns: `{"epoch": [...], name: [...]}`, with NaN where an epoch did not log a name."""
+    names = {name: None for record in records for name in record["logs"]}
+    history = {name: [_number(record["logs"].get(name)) for record in records] for name in names}
+    return {"epoch": [record["epoch"] for record in records], **history}
+
+
+def plot_history(history, graphs=("acc", "loss"), resumed_at=None, status=""):
+    """Draws one panel a graph: the training curve, the validation curve and the best epoch.
+
+    Args:
+        history: what `fit` returned (a `keras.callbacks.History`), or a dict of equally long lists by metric name. A list
+            under `"epoch"` (0-based) says which epochs they are; otherwise they count from the first. NaN is a gap.
+        graphs: names of metrics; `"acc"` finds whatever accuracy was logged, and a validation curve is found by `val_`.
+        resumed_at: 0-based epoch at which a resumed training began, marked by a vertical line.
+        status: one line of text above the panels.
+
+    Returns:
+        A `matplotlib.figure.Figure` that belongs to nobody else: pyplot does not know of it.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+    """
+    if isinstance(history, keras.callbacks.History):
+        history = {**history.history, "epoch": history.epoch}
+    if not isinstance(history, dict):
+        raise TypeError(f"history: expected a keras History or a dict of lists, got {type(history).__name__}")
+    picture = _HistoryPicture(_check_graphs(graphs))
+    picture.draw(history, resumed_at, status)
+    return picture.figure
+
+
+def _check_graphs(graphs):
+    if isinstance(graphs, str) or not all(isinstance(name, str) and name for name in graphs) or not len(graphs):
+        raise ValueError(f'graphs: expected a list of metric names such as ["acc", "loss"], got {graphs!r}')
+    return tuple(graphs)
+
+
+def _metric_name(graph, names):
+    """The logged name that `graph` stands for, or None: Keras 2 logged `acc`, Keras 3 logs `accuracy` and its kin."""
+    if graph in names or graph not in ("acc", "accuracy"):
+        return graph if graph in names else None
+    found = [name for name in names if name == "acc" or name.endswith("accuracy")]
+    return next((name for name in found if not name.startswith("val_")), None)
+
+
+class _HistoryPicture:
+    """The figure of `plot_history`. Its artists are made once and then moved, which is cheaper than plotting anew."""
+
+    def __init__(self, graphs):
+        self.figure = Figure(figsize=(4.8 * len(graphs), 4), dpi=100, layout="none")
+        FigureCanvasAgg(self.figure)
+        self.status = self.figure.text(0.5, 0.97, "", ha="center", va="top", fontsize=10, color=MUTED)
+        self.panels = []
+        for index, graph in enumerate(graphs):
+            width = 4.8 * len(graphs)
+            ax = self.figure.add_axes(((4.8 * index + 0.7) / width, 0.13, 3.95 / width, 0.62))
+            ax.grid(alpha=0.3)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.set(xlabel="epoch", ylabel=graph)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+            (training,) = ax.plot([], [], color=TRAINING, lw=1.6, label="training")
+            (validation,) = ax.plot([], [], color=VALIDATION, lw=1.6, ls="--", label="validation")
+            (best,) = ax.plot([], [], "o", ms=8, mfc="none", mew=1.8, color="black", zorder=3)
+            seam = ax.axvline(np.nan, color=MUTED, lw=1.2, ls=":")
+            note = ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=MUTED, wrap=True)
+            self.panels.append((graph, ax, training, validation, best, seam, note))
+
+    def draw(self, history, resumed_at=None, status="", running=None):
+        """Moves every artist to `history`; `running` is `(x, logs)` of the epoch in progress, x in epochs done."""
+        self.status.set_text(status)
+        epochs = history.get("epoch")
+        names = [name for name in {**history, **(running[1] if running else {})} if name != "epoch"]
+        for graph, ax, training, validation, best, seam, note in self.panels:
+            name = _metric_name(graph, names)
+            curves = []
+            for line, key in ((training, name), (validation, f"val_{name}")):
+                values = np.asarray(history.get(key, []), float)
+                x = 1 + (np.asarray(epochs)[: len(values)] if epochs is not None else np.arange(len(values)))
+                x, values = x[np.isfinite(values)], values[np.isfinite(values)]
+                curves.append((key, x, values))
+                if line is training and running and name in running[1]:
+                    x, values = np.append(x, running[0]), np.append(values, _number(running[1][name]))
+                line.set_data(x, values)
+                line.set_marker("o" if len(values) < 25 else "")
+                line.set_markersize(3)
+            key, x, values = curves[1] if len(curves[1][2]) else curves[0]
+            handles = [line for line in (training, validation) if len(line.get_xdata())]
+            best.set_data([], [])
+            if len(values):
+                index = np.argmax(values) if _higher_is_better(key) else np.argmin(values)
+                best.set_data([x[index]], [values[index]])
+                best.set_label(f"best {values[index]:.4g}, epoch {x[index]}")
+                handles.append(best)
+            seam.set_xdata([np.nan if resumed_at is None else resumed_at + 0.5] * 2)
+            if resumed_at is not None:
+                seam.set_label(f"resumed after epoch {resumed_at}")
+                handles.append(seam)
+            missing = name is None and bool(names)
+            note.set_text(f"no {graph!r} was logged;\nthere is: {', '.join(names)}" if missing else "")
+            ax.set_ylabel(name or graph)
+            ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, frameon=False, fontsize=9)
+            _fit_axes(ax, training, validation)
+
+
+def _fit_axes(ax, *lines):
+    x = np.concatenate([line.get_xdata() for line in lines])
+    y = np.concatenate([line.get_ydata() for line in lines])
+    ax.set_xlim(0, max(1.0, x.max(initial=0)) * 1.03)
+    y = y[np.isfinite(y)]
+    if len(y):
+        margin = 0.06 * (y.max() - y.min()) or 0.06 * abs(y[0]) or 1
+        ax.set_ylim(y.min() - margin, y.max() + margin)
+
+
+def plot_confusion_matrix(matrix, classes, normalize=False, cmap="Blues", title="Confusion Matrix", ax=None):
+    """Draws a confusion matrix, each class with its recall.
+
+    Args:
+        matrix: counts of shape (classes, classes); `matrix[i, j]` counts the images of class i that were called j.
+        classes: the names, in the order of the matrix.
+        normalize: show each row as shares of its true class instead of counts.
+        cmap: name of a colormap, or a colormap.
+        title: text above the matrix.
+        ax: a Matplotlib axes to draw in; without one, a new figure is made.
+
+    Returns:
+        The `matplotlib.figure.Figure` drawn in.
+
+    Raises:
+        ValueError: the matrix is not square, holds negative numbers, or does not fit the classes.
+    """
+    picture = _MatrixPicture(_check_classes(classes), normalize, cmap, ax)
+    picture.draw(matrix, title)
+    return picture.figure
+
+
+def _check_classes(classes):
+    if isinstance(classes, str) or len(classes) < 2:
+        raise ValueError(f"classes: expected at least two names, got {classes!r}")
+    return [str(name) for name in classes]
+
+
+class _MatrixPicture:
+    """The figure of `plot_confusion_matrix`, whose artists are made once."""
+
+    def __init__(self, classes, normalize, cmap, ax=None):
+        count = len(classes)
+        try:
+            self.cmap = matplotlib.colormaps[cmap] if isinstance(cmap, str) else cmap
+            self.cmap(0.5)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"cmap: expected the name of a colormap or a colormap, got {cmap!r}") from error
+        self.classes, self.normalize = classes, normalize
+        if ax is None:
+            size = min(3.2 + 0.42 * count, 10)
+            figure = Figure(figsize=(size + 0.6, size), dpi=100, layout="constrained")
+            FigureCanvasAgg(figure)
+            ax = figure.add_subplot()
+        self.ax, self.figure = ax, ax.figure
+        self.image = ax.imshow(np.zeros((count, count)), cmap=self.cmap, vmin=0)
+        # Numbers are shown while four digits fit into a cell at a size that can be read.
+        self.font = min(10, 190 / count) if count <= 25 else 0
+        label_font = max(3.5, min(10, 400 / count))
+        ax.set_xlabel("predicted class")
+        ax.set_ylabel("true class (recall)")
+        ax.set_xticks(
+            range(count), classes, rotation=45 if count <= 25 else 90, ha="right" if count <= 25 else "center"
+        )
+        ax.set_yticks(range(count), classes)
+        ax.tick_params(labelsize=label_font, length=2)
+        ax.tick_params(axis="x", rotation=45 if count <= 25 else 90)
+        for label in ax.get_xticklabels():
+            label.set_rotation_mode("anchor" if count <= 25 else "default")
+        bar = self.figure.colorbar(self.image, ax=ax, fraction=0.045, pad=0.02)
+        bar.set_label("share of the true class" if normalize else "images")
+        style = {"ha": "center", "va": "center", "fontsize": self.font}
+        cells = [(i, j) for i in range(count) for j in range(count)] if self.font else []
+        self.texts = {(i, j): ax.text(j, i, "", **style) for i, j in cells}
+
+    def draw(self, matrix, title):
+        matrix = np.asarray(matrix, float)
+        if matrix.shape != (len(self.classes),) * 2 or (matrix < 0).any():
+            shape = (len(self.classes),) * 2
+            raise ValueError(f"matrix: expected counts of shape {shape} for these classes, got shape {matrix.shape}")
+        rows = matrix.sum(axis=1)
+        shares = matrix / np.maximum(rows, 1)[:, None]
+        shown = shares if self.normalize else matrix
+        self.image.set_data(shown)
+        self.image.set_clim(0, 1 if self.normalize else max(matrix.max(), 1))
+        recall = np.where(rows > 0, np.diag(shares), np.nan)
+        # Always as wide, so that the axes keep their place from one drawing to the next.
+        self.ax.set_yticklabels(f"{name} {'–' if np.isnan(r) else f'{r:.0%}'}" for name, r in zip(self.classes, recall))
+        self.ax.set_title(title)
+        for (i, j), text in self.texts.items():
+            text.set_text(f"{shown[i, j]:.2f}".replace("0.", ".") if self.normalize else f"{matrix[i, j]:.0f}")
+            red, green, blue, _ = self.cmap(self.image.norm(shown[i, j]))
+            text.set_color("black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white")
+
+
+def _kernel():
+    """The shell of a Jupyter or Colab kernel or of a notebook runner; None in a script or a terminal."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell if hasattr(shell, "kernel") else None
+
+
+class _Screen:
+    """Where one plotter shows its one picture: a display of its own in a kernel, else (or also) a PNG file."""
+
+    def __init__(self, path, save):
+        self.path, self.save = Path(path), save
+        self.handle = self.cell = None
+
+    def show(self, figure):
+        buffer = io.BytesIO()
+        # Light compression: most of a redraw's time is otherwise spent on making the file a little smaller.
+        figure.canvas.print_png(buffer, pil_kwargs={"compress_level": 1})
+        shell = _kernel()
+        if shell:
+            from IPython.display import Image, display
+
+            width, height = figure.canvas.get_width_height()
+            image = Image(buffer.getvalue(), format="png", width=width, height=height)
+            if self.handle is None or self.cell != shell.execution_count:
+                self.handle, self.cell = display(image, display_id=True), shell.execution_count
+            else:
+                self.handle.update(image)
+        if self.save or not shell:
+            with contextlib.suppress(OSError):  # a full disk spoils a picture, never the training
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                partial = self.path.with_name(self.path.stem + ".tmp.png")
+                partial.write_bytes(buffer.getvalue())
+                partial.replace(self.path)
+
+
+def _duration(seconds):
+    """Seconds as people say them: `8 s`, `3 min 20 s`, `2 h 5 min`."""
+    seconds = int(round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    return (
+        f"{seconds // 60} min {seconds % 60} s" if seconds < 3600 else f"{seconds // 3600} h {seconds % 3600 // 60} min"
+    )
+
+
+class AccLossPlotter(_Recorder):
+    """Redraws the accuracy and loss curves while a model trains, with the best epoch and the resume seam marked.
+
+    Inside a long epoch the running values are shown too, every two seconds, with the time left for the whole run.
+
+    Args:
+        graphs: the panels, by metric name; `"acc"` stands for whatever accuracy is logged. Any logged metric can be named.
+        save_graph: also keep the picture current in a file. Without a kernel (a plain script) it always is.
+        path: that file.
+        verbose: 1 prints one line an epoch, 0 nothing.
+
+    Raises:
+        ValueError: an argument is wrong; the message names it.
+
+    Example:
+        model.fit(x, y, epochs=10, verbose=0, callbacks=[AccLossPlotter(graphs=["acc", "loss"])])
+    """
+
+    def __init__(self, graphs=("acc", "loss"), save_graph=False, path="training_acc_loss.png", verbose=1):
+        super().__init__()
+        if verbose not in (0, 1):
+            raise ValueError(f"verbose: expected 0 or 1, got {verbose!r}")
+        self.graphs, self.verbose = _check_graphs(graphs), verbose
+        self._picture = _HistoryPicture(self.graphs)
+        self._screen = _Screen(path, save_graph)
+        self._resumed_at = None
+
+    def on_train_begin(self, logs=None):
+        self._began = self._epoch_began = time.monotonic()
+        self._first_epoch = self._resumed_at = None
+        self._epoch_seconds = []
+        self._draw("starting")  # the first sign of life: compiling and the first batches may take a while
+
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
+        if self._first_epoch is None:
+            self._first_epoch = epoch
+            self._resumed_at = epoch or None
+        self._epoch, self._epoch_began = epoch, time.monotonic()
+
+    def on_train_batch_end(self, batch, logs=None):
+        now = time.monotonic()
+        steps = self.params.get("steps")
+        if now - self._drawn < 2 or not steps:
+            return
+        done = (batch + 1) / steps
+        if self._epoch_seconds:
+            left = np.median(self._epoch_seconds[-5:]) * (self.params["epochs"] - self._epoch - done)
+        else:  # no epoch finished yet since the start or the resume: the pace of this one has to do
+            left = (now - self._epoch_began) / done * (self.params["epochs"] - self._epoch - done)
+        self._draw(f"{done:.0%} of epoch {self._position()} · {_duration(left)} left", (self._epoch + done, logs or {}))
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, logs)
+        self._epoch_seconds.append(time.monotonic() - self._epoch_began)
+        left = _duration(np.median(self._epoch_seconds[-5:]) * (self.params["epochs"] - epoch - 1))
+        self._draw(f"epoch {self._position()} · {left} left")
+        if self.verbose:
+            values = "  ".join(f"{name} {_number(value):.4f}" for name, value in (logs or {}).items())
+            print(f"epoch {self._position()}  {values}  {_duration(self._epoch_seconds[-1])}, {left} left", flush=True)
+
+    def on_train_end(self, logs=None):
+        records = _records(self.model)
+        trained = f" · trained in {_duration(time.monotonic() - self._began)}" if self._epoch_seconds else ""
+        self._draw(f"{records[-1]['epoch'] + 1} epochs{trained}" if records else "nothing was trained")
+
+    def _position(self):
+        return f"{self._epoch + 1}/{self.params['epochs']}"
+
+    def _draw(self, status, running=None):
+        rate = getattr(getattr(self.model, "optimizer", None), "learning_rate", None)
+        with contextlib.suppress(TypeError, ValueError):
+            status += f" · learning rate {float(keras.ops.convert_to_numpy(rate)):.3g}"
+        self._picture.draw(_history_of(_records(self.model)), self._resumed_at, status, running)
+        self._screen.show(self._picture.figure)
+        self._drawn = time.monotonic()
+
+
+class ConfusionMatrixPlotter(_Recorder):
+    """Redraws the confusion matrix of a validation set after each epoch.
+
+    Compile the model with `keras.metrics.OneHotMeanIoU(len(classes))` (or `MeanIoU` for integer labels) and pass the same
+    images as `validation_data`: that metric of Keras's own then already holds the matrix, and nothing is predicted twice.
+
+    Args:
+        X_val: images, an array whose first axis counts them.
+        Y_val: their labels: integers of shape (n,) or (n, 1), or one-hot of shape (n, classes).
+        classes: the class names, in the order of the labels.
+        normalize: show shares of the true class instead of counts.
+        cmap: name of a colormap, or a colormap.
+        title: text above the matrix; the epoch is added.
+        every: redraw after every so many epochs.
+        save_graph: also keep the picture current in a file. Without a kernel (a plain script) it always is.
+        path: that file.
+
+    Raises:
+        ValueError: an argument is wrong; the message names it.
+    """
+
+    def __init__(
+        self,
+        X_val,
+        Y_val,
+        classes,
+        normalize=False,
+        cmap="Blues",
+        title="Confusion Matrix",
+        every=1,
+        save_graph=False,
+        path="confusion_matrix.png",
+    ):
+        super().__init__()
+        self.classes = _check_classes(classes)
+        labels = np.asarray(Y_val)
+        if labels.ndim == 2 and labels.shape[1] == len(self.classes):
+            labels = labels.argmax(axis=1)
+        labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+        if labels.ndim != 1 or len(labels) == 0:
+            expected = f"(n,) or one-hot of shape (n, {len(self.classes)})"
+            raise ValueError(f"Y_val: expected labels of shape {expected}, got shape {np.shape(Y_val)}")
+        if len(X_val) != len(labels):
+            raise ValueError(f"X_val: holds {len(X_val)} images, but Y_val {len(labels)} labels")
+        if (labels != labels.astype(int)).any() or labels.min() < 0 or labels.max() >= len(self.classes):
+            raise ValueError(
+                f"Y_val: expected whole numbers from 0 to {len(self.classes) - 1}, one for each of classes"
+            )
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every: expected a whole number of epochs, at least 1, got {every!r}")
+        self.X_val, self._labels = X_val, labels.astype(int)
+        self.title, self.every = title, every
+        self._picture = _MatrixPicture(self.classes, normalize, cmap)
+        self._screen = _Screen(path, save_graph)
+
+    def on_train_begin(self, logs=None):
+        self._picture.draw(np.zeros((len(self.classes),) * 2), f"{self.title} · starting")
+        self._screen.show(self._picture.figure)
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, logs)
+        if (epoch + 1) % self.every == 0:
+            self._draw(epoch)
+
+    def on_train_end(self, logs=None):
+        records = _records(self.model)
+        if records and records[-1]["epoch"] >= 0 and not self._drawn_for(records[-1]["epoch"]):
+            self._draw(records[-1]["epoch"])
+
+    def _drawn_for(self, epoch):
+        return getattr(self, "_drawn_epoch", None) == epoch
+
+    def _draw(self, epoch):
+        self._drawn_epoch = epoch
+        self._picture.draw(self.confusion_matrix(), f"{self.title} · epoch {epoch + 1}")
+        self._screen.show(self._picture.figure)
+
+    def confusion_matrix(self):
+        """Counts of shape (classes, classes), true class by row, for the model as it is now."""
+        for metric in self._compiled_metrics():
+            matrix = np.asarray(keras.ops.convert_to_numpy(metric.total_cm))
+            if matrix.shape == (len(self.classes),) * 2 and matrix.sum() == len(self._labels):
+                if (matrix.sum(axis=1) == np.bincount(self._labels, minlength=len(self.classes))).all():
+                    return matrix
+        predicted = self._predict()
+        count = len(self.classes)
+        return np.bincount(self._labels * count + predicted, minlength=count * count).reshape(count, count)
+
+    def _compiled_metrics(self):
+        for metric in self.model.metrics:
+            yield from (m for m in [metric, *getattr(metric, "metrics", [])] if hasattr(m, "total_cm"))
+
+    def _predict(self):
+        scores = np.asarray(self.model.predict(self.X_val, batch_size=500, verbose=0))
+        scores = scores.reshape(len(self._labels), -1)
+        if scores.shape[1] == 1 and len(self.classes) == 2:
+            return (scores[:, 0] > 0.5).astype(int)
+        if scores.shape[1] != len(self.classes):
+            raise ValueError(f"classes: {len(self.classes)} names, but the model has {scores.shape[1]} outputs")
+        return scores.argmax(axis=1)
+
+
+class _Unusable(Exception):
+    """A checkpoint file that cannot be continued from; the message says why."""
+
+
+class ResumableCheckpoint(_Recorder):
+    """Saves a training after every epoch so exactly that continuing it equals never having stopped.
+
+    `saved_model.hdf5` is renewed after every epoch, `best_model.hdf5` whenever the monitored value improves. Plain Keras
+    opens both, by `model.load_weights(path)` and by `keras.models.load_model(path)`, which returns an uncompiled model:
+    the optimizer's variables are in a group of our own, beside the seed states of dropout and augmentation layers, the
+    epoch, the history, the best value, the counters of `callbacks`, the random states of Python, NumPy and PyTorch, and
+    a SHA-256 of the whole file. There is one way to use it, which starts, continues and at last only shows the curves::
+
+        checkpoint = ResumableCheckpoint("runs/first", callbacks=[early_stopping], settings={"batch_size": 250})
+        model.fit(..., initial_epoch=checkpoint.restore(model), callbacks=[early_stopping, checkpoint])
+
+    Its place in the list does not matter: an epoch is saved when the next one begins or training ends. The data must
+    come in the same order again, which is the caller's part, as Keras keeps no state of its own shuffling: pass
+    `shuffle=False` and a `keras.utils.PyDataset` that derives order and augmentation from a seed and the epoch.
+
+    Args:
+        directory: where the two files live, one directory a training; made if missing.
+        monitor: the logged value that `best_model.hdf5` goes by.
+        callbacks: the other callbacks of the same `fit` whose counters are kept (EarlyStopping, ReduceLROnPlateau,
+            ModelCheckpoint): a callback cannot see its neighbours.
+        settings: a dict of whatever else must be the same on resuming: batch size, seed, number of epochs, data.
+        mode: `"min"`, `"max"`, or `"auto"` to go by the name of `monitor`.
+        verbose: 1 says where training continues, 0 nothing; warnings are given in any case.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it. OSError: the directory cannot be made.
+    """
+
+    def __init__(self, directory, monitor="val_loss", callbacks=(), settings=None, mode="auto", verbose=1):
+        super().__init__()
+        if not isinstance(monitor, str) or not monitor:
+            raise ValueError(f"monitor: expected the name of a logged value, got {monitor!r}")
+        if mode not in ("auto", "min", "max"):
+            raise ValueError(f'mode: expected "auto", "min" or "max", got {mode!r}')
+        if not isinstance(callbacks, (list, tuple)) or not all(hasattr(c, "on_epoch_end") for c in callbacks):
+            raise TypeError(f"callbacks: expected a list of Keras callbacks, got {callbacks!r}")
+        try:
+            self.settings = _plain(dict(settings or {}))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"settings: expected a dict of numbers, strings and lists, got {settings!r}") from error
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.saved_path, self.best_path = self.directory / "saved_model.hdf5", self.directory / "best_model.hdf5"
+        self.monitor, self.callbacks, self.verbose = monitor, list(callbacks), verbose
+        self._maximise = mode == "max" or mode == "auto" and _higher_is_better(monitor)
+        self._forget()
+
+    def _forget(self):
+        self._next_epoch, self.best, self.best_epoch, self._restored = 0, None, None, None
+
+    def restore(self, model):
+        """Loads the saved state into a compiled model.
+
+        Args:
+            model: a built and compiled model, the same as the saved one but for its weights.
+
+        Returns:
+            The epoch to pass to `fit` as `initial_epoch`: 0 where nothing is saved yet, the last epoch of a `fit` that
+            had finished, so that nothing more is trained.
+
+        Raises:
+            ValueError: the model is not compiled or not built; or model, optimizer, loss or settings differ from the
+                saved ones (each difference is listed); or no file can be used. No file is changed then.
+        """
+        if not getattr(model, "compiled", False):
+            raise ValueError("model: compile it before restore(model), so that the optimizer's state has a place to go")
+        self._forget()
+        _records(model).clear()
+        problems = {}
+        for path in (self.saved_path, self.best_path):
+            if not path.exists():
+                continue
+            try:
+                state, arrays = _read(path, model)
+                differences = _differences(state["fingerprint"], _plain(self._fingerprint(model)))
+                if differences:
+                    raise _Unusable("\n  ".join(["it belongs to another training:", *differences]))
+                _load(path, model, arrays)
+            except _Unusable as problem:
+                problems[path] = problem
+                continue
+            self._adopt(model, state, arrays, path, problems)
+            return self._next_epoch
+        if problems:
+            listed = "\n".join(f"{path}: {problem}" for path, problem in problems.items())
+            raise ValueError(
+                f"There is no state to continue from, and nothing was changed.\n{listed}\n"
+                "To continue, undo the differences; to start anew, use another directory or move these files away."
+            )
+        return 0
+
+    def _adopt(self, model, state, arrays, path, problems):
+        """Takes over a state that was loaded into `model`, and says so."""
+        self._restored = (weakref.ref(model), state, arrays)
+        _records(model).extend(state["records"])
+        self._next_epoch, self.best, self.best_epoch = state["next_epoch"], state["best"], state["best_epoch"]
+        if path == self.best_path:
+            why = f"{self.saved_path} is missing."
+            for bad, problem in problems.items():
+                aside = bad.with_name(f"{bad.stem}.unusable-{time.time_ns()}{bad.suffix}")
+                bad.replace(aside)
+                why = f"{bad} cannot be used: {problem}\nIt was kept as {aside}."
+            lost = f"Continuing from {path}, epoch {state['epoch'] + 1}; what was trained after that epoch is lost."
+            warnings.warn(f"{why} {lost}", stacklevel=3)
+        if self.verbose:
+            done = "This training is complete" if state["finished"] else "Continuing"
+            print(f"{done} after epoch {state['epoch'] + 1}{self._best_text()} [{self.directory}]", flush=True)
+
+    def _best_text(self):
+        return "" if self.best is None else f", best {self.monitor} {self.best:.4f} in epoch {self.best_epoch + 1}"
+
+    def _fingerprint(self, model):
+        """All that must be the same for a resumed training to equal an uninterrupted one, as plain data."""
+        loss = model.loss if isinstance(model.loss, str) else keras.saving.serialize_keras_object(model.loss)
+        return {
+            "model": _architecture(model),
+            "optimizer": _without_generated(keras.saving.serialize_keras_object(model.optimizer)),
+            "loss": _without_generated(loss),
+            "monitor": f"{self.monitor} ({'max' if self._maximise else 'min'})",
+            "callbacks": [type(callback).__name__ for callback in self.callbacks],
+            "settings": self.settings,
+        }
+
+    def on_train_begin(self, logs=None):
+        if self._restored and self._restored[0]() is not self.model:
+            raise ValueError("restore(model) was called with another model than the one that is now being trained")
+        _check_that_hdf5_holds(self.model)
+        self._began = self._told_nan = False
+        self._pending = self._failure = self._best_model = self._best_file = None
+        if self._restored:
+            self.model.history.history.clear()
+            for record in _records(self.model):
+                for name, value in record["logs"].items():
+                    self.model.history.history.setdefault(name, []).append(value)
+        self._watch_for_interrupt()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
+        if self._began:
+            self._save()
+            return
+        # Before the first epoch of this `fit`: by now every other callback has reset itself.
+        if epoch != self._next_epoch and (self.saved_path.exists() or self.best_path.exists()):
+            raise ValueError(
+                f"fit began at epoch {epoch}, but {self.directory} holds a training that was not restored or continues "
+                f"at another epoch. Use fit(..., initial_epoch=checkpoint.restore(model)) to continue it, or another "
+                f"directory to start anew."
+            )
+        self._began, self._next_epoch = True, epoch
+        if self._restored:
+            _, state, arrays = self._restored
+            self.model.history.epoch = [record["epoch"] for record in _records(self.model)]
+            for index, (callback, counters) in enumerate(zip(self.callbacks, state["counters"])):
+                if counters.get("best_weights") is not None:
+                    count = counters["best_weights"]
+                    counters["best_weights"] = [arrays[f"callbacks/{index}/{i}"] for i in range(count)]
+                vars(callback).update(counters)
+            _set_random_state(state["random"], arrays)
+            self._restored = None  # from here on, the live objects are ahead of it
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, logs)
+        if not logs or self.monitor not in logs:
+            raise ValueError(f"monitor: {self.monitor!r} was not logged; there is: {', '.join(logs or ['nothing'])}")
+        self._pending, value = epoch, _number(logs[self.monitor])
+        if math.isfinite(value) and (self.best is None or (value > self.best if self._maximise else value < self.best)):
+            self.best, self.best_epoch = value, epoch
+            # Taken now: at the very end, averaged weights (EMA) or EarlyStopping's best ones replace these.
+            self._best_model = _keras_part(self.model)
+
+    def on_train_end(self, logs=None):
+        if not self._began:  # nothing was left to train
+            self.model.history.epoch = [record["epoch"] for record in _records(self.model)]
+            return
+        for callback in self.callbacks:
+            # EarlyStopping does the same in its own on_train_end, which may come after ours.
+            if getattr(callback, "restore_best_weights", False) and callback.best_weights is not None:
+                self.model.set_weights(callback.best_weights)
+        self._save(finished=self.params["epochs"])
+        if self._failure:
+            warnings.warn(f"Training ended, but nothing after epoch {self._next_epoch} is saved: {self._failure}")
+
+    def _save(self, finished=None):
+        epoch = self._pending
+        if epoch is None:
+            return
+        problem = self._not_finite()
+        if problem:
+            if not self._told_nan:
+                warnings.warn(
+                    f"Epoch {epoch + 1} is not saved, as {problem}. The last finite state (after epoch "
+                    f"{self._next_epoch}) is kept. An exact resume will meet the same again: lower the learning rate."
+                )
+            self._told_nan = True
+            return
+        try:
+            state, arrays = self._state(epoch, finished)
+            if self._best_model is not None:
+                self._best_file, self._best_model = _with_state(self._best_model, state, arrays), None
+            # The best one first: were it second, a stop in between would leave a state that takes it for written.
+            if self._best_file is not None:
+                _write(self.best_path, self._best_file)
+                self._best_file = None  # only now, so that a failed save of it is made up for later
+            _write(self.saved_path, _with_state(_keras_part(self.model), state, arrays))
+        except OSError as error:
+            if not self._failure:
+                warnings.warn(f"Could not save epoch {epoch + 1}: {error}. Training goes on; each epoch tries again.")
+            self._failure = str(error)
+            return
+        if self._failure:
+            print(f"Saving works again: epoch {epoch + 1} is in {self.saved_path}.", flush=True)
+        self._failure = self._pending = None
+        self._next_epoch = state["next_epoch"]
+
+    def _not_finite(self):
+        loss = _number(_records(self.model)[-1]["logs"].get("loss", 0.0))
+        if not math.isfinite(loss):
+            return f"its loss is {loss}"
+        bad = [v.path for v, values in zip(self.model.weights, _values(self.model.weights)) if not _finite(values)]
+        return f"these weights are not finite: {', '.join(bad[:3])}" if bad else None
+
+    def _state(self, epoch, finished):
+        """What Keras leaves out: plain data for a JSON text, and arrays by name."""
+        arrays = {f"optimizer/{i}": v for i, v in enumerate(_values(self.model.optimizer.variables))}
+        arrays |= {f"seeds/{i}": v for i, v in enumerate(_values(_seeds(self.model)))}
+        counters = [{name: getattr(c, name) for name in _COUNTERS if hasattr(c, name)} for c in self.callbacks]
+        for index, values in enumerate(counters):
+            if values.get("best_weights") is not None:
+                arrays |= {f"callbacks/{index}/{i}": v for i, v in enumerate(values["best_weights"])}
+                values["best_weights"] = len(values["best_weights"])
+        state = {
+            "format": 1,
+            "epoch": epoch,
+            "next_epoch": finished or epoch + 1,
+            "finished": bool(finished),
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "records": _records(self.model),
+            "counters": counters,
+            "random": _random_state(arrays),
+            "fingerprint": self._fingerprint(self.model),
+        }
+        return state, arrays
+
+    def _watch_for_interrupt(self):
+        """Says at Ctrl-C (or Jupyter's Stop) where training will continue: Keras calls no callback then."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        previous, reference = signal.getsignal(signal.SIGINT), weakref.ref(self)
+        previous = getattr(previous, "previous", previous)
+
+        def handler(number, frame):
+            signal.signal(signal.SIGINT, previous)
+            checkpoint, caller = reference(), frame
+            # Only where a fit of our model is going on: an error may have ended it without our knowing.
+            while caller and not (caller.f_code.co_name == "fit" and caller.f_locals.get("self") is self.model):
+                caller = caller.f_back
+            if caller and checkpoint:
+                print(
+                    f"\nStopped. Run again to continue after epoch {checkpoint._next_epoch}. [{checkpoint.directory}]"
+                )
+            (previous if callable(previous) else signal.default_int_handler)(number, frame)
+
+        handler.previous = previous
+        signal.signal(signal.SIGINT, handler)
+
+
+_GROUP = "resumable_checkpoint"
+_MARK = b"SHA-256 of this file, with zeros for the 64 digits that follow: "
+# What Keras's callbacks count and compare from epoch to epoch. `min_delta` is left alone: Keras changes its sign later.
+_COUNTERS = ("best", "wait", "cooldown_counter", "best_epoch", "stopped_epoch", "best_weights")
+
+
+def _plain(value):
+    """The same as JSON would give it back: tuples as lists, NumPy numbers as numbers."""
+    return json.loads(json.dumps(value, default=_jsonable))
+
+
+def _jsonable(value):
+    if hasattr(value, "__array__"):
+        return np.asarray(value).tolist()
+    return os.fspath(value)  # a path; TypeError for anything else
+
+
+def _all_layers(model):
+    for layer in model.layers:
+        yield layer
+        if hasattr(layer, "layers"):
+            yield from _all_layers(layer)
+
+
+def _architecture(model):
+    """The model's config with each layer called by its position, as a rebuilt model has other generated names."""
+    names = {layer.name: f"layer {i}" for i, layer in enumerate(_all_layers(model))}
+    text = re.sub(r'"([^"\\]*)"', lambda found: json.dumps(names.get(found[1], found[1])), model.to_json())
+    return _without_generated(json.loads(text))
+
+
+def _without_generated(config):
+    """A config without generated names, seeds (their states are restored) and the current learning rate."""
+    if isinstance(config, dict):
+        dropped = {"name", "seed", "shared_object_id", "build_config", "compile_config", "keras_version", "backend"}
+        dropped |= {"learning_rate"} if isinstance(config.get("learning_rate"), (int, float)) else set()
+        return {key: _without_generated(value) for key, value in config.items() if key not in dropped}
+    return [_without_generated(value) for value in config] if isinstance(config, (list, tuple)) else config
+
+
+def _differences(saved, now, path=""):
+    """Lines that name each value in which two plain data differ."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        pairs = [(f"{path}.{k}".lstrip("."), saved.get(k, "(none)"), now.get(k, "(none)")) for k in {**saved, **now}]
+    elif isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(saved, now))]
+    else:
+        return [] if saved == now else [f"{path}: saved {saved!r:.90}, now {now!r:.90}"]
+    return [line for name, a, b in pairs for line in _differences(a, b, name)]
+
+
+def _values(variables):
+    return [np.asarray(keras.ops.convert_to_numpy(variable)) for variable in variables]
+
+
+def _finite(values):
+    return not np.issubdtype(values.dtype, np.floating) or bool(np.isfinite(values).all())
+
+
+def _seeds(model):
+    """The states of the seed generators inside layers: variables that are not weights."""
+    weights = {id(variable) for variable in model.weights}
+    return [variable for variable in model.variables if id(variable) not in weights]
+
+
+def _random_state(arrays):
+    """The global random states: arrays go into `arrays`, the rest is returned as plain data."""
+    kind, arrays["random/numpy"], *rest = np.random.get_state()
+    if keras.backend.backend() == "torch":
+        import torch
+
+        arrays["random/torch"] = torch.get_rng_state().numpy()
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        arrays |= {f"random/cuda/{i}": device.numpy() for i, device in enumerate(devices)}
+    return {"python": random.getstate(), "numpy": [kind, *rest]}
+
+
+def _set_random_state(state, arrays):
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, *rest = state["numpy"]
+    np.random.set_state((kind, arrays["random/numpy"], *rest))
+    if keras.backend.backend() == "torch" and "random/torch" in arrays:
+        import torch
+
+        torch.set_rng_state(torch.from_numpy(arrays["random/torch"]))
+        for i in range(torch.cuda.device_count() if f"random/cuda/{torch.cuda.device_count() - 1}" in arrays else 0):
+            torch.cuda.set_rng_state(torch.from_numpy(arrays[f"random/cuda/{i}"]), i)
+
+
+def _keras_part(model):
+    """The bytes of the HDF5 file that `model.save` writes, without its warning that HDF5 is a legacy format."""
+    logger = logging.getLogger("absl")
+    quiet = lambda record: "HDF5" not in record.getMessage()  # noqa: E731
+    logger.addFilter(quiet)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            # Without the optimizer, which Keras would strip from the live model's compile config.
+            model.save(Path(folder, "model.hdf5"), include_optimizer=False)
+            return Path(folder, "model.hdf5").read_bytes()
+    finally:
+        logger.removeFilter(quiet)
+
+
+def _check_that_hdf5_holds(model):
+    """Refuses, before training starts, a model that Keras cannot save to HDF5, or saves but cannot load again."""
+    kept = random.getstate(), np.random.get_state()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.hdf5")
+            path.write_bytes(_keras_part(model))
+            own = {type(layer).__name__: type(layer) for layer in _all_layers(model)}
+            keras.models.load_model(path, custom_objects=own, compile=False, safe_mode=False)
+    except OSError as error:
+        warnings.warn(f"Could not try out whether this model can be saved: {error}")
+    except Exception as error:  # whatever Keras raises is the reason to pass on
+        raise ValueError(
+            f"model: HDF5 cannot hold {model.name!r}, so its training could not be resumed. Build it as a Sequential or "
+            f"Functional model, from layers only. Keras says: {error}"
+        ) from error
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+
+
+def _with_state(keras_part, state, arrays):
+    """The bytes of a Keras HDF5 file with our group added, and in it a SHA-256 of the result."""
+    buffer = io.BytesIO(keras_part)
+    with h5py.File(buffer, "r+") as file:
+        group = file.create_group(_GROUP)
+        # A dataset, as HDF5 limits attributes to 64 KB.
+        group["state"] = np.frombuffer(json.dumps(state, default=_jsonable).encode(), np.uint8)
+        for name, values in arrays.items():
+            group.create_dataset(f"arrays/{name}", data=values)
+        group["sha256"] = np.frombuffer(_MARK + b"0" * 64, np.uint8)
+    data = buffer.getvalue()
+    at = data.index(_MARK) + len(_MARK)
+    return data[:at] + hashlib.sha256(data).hexdigest().encode() + data[at + 64 :]
+
+
+def _write(path, data):
+    """Puts `data` at `path` so that, whenever the machine stops, either the old or the new file is there, whole."""
+    partial = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if partial.read_bytes() != data:
+            raise OSError(f"{partial} reads back differently from what was written")
+        os.replace(partial, path)
+        if os.name == "posix":  # makes the rename last through a power cut; Windows has no such call
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def _read(path, model):
+    """The state and the arrays of a checkpoint, read only after every byte of the file was found to be as written.
+
+    Raises:
+        _Unusable: the file is damaged, is no checkpoint of ours, or would make HDF5 open other files or take much memory.
+    """
+    try:
+        most = 2**26 + 12 * sum(values.nbytes for values in _values(model.variables))
+        if path.stat().st_size > most:
+            raise _Unusable(f"it has {path.stat().st_size:,} bytes; a checkpoint of this model has at most {most:,}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise _Unusable(f"it cannot be read: {error}") from error
+    if not data.startswith(b"\x89HDF\r\n\x1a\n"):
+        raise _Unusable("it is not an HDF5 file, or its beginning is damaged" if data else "it is empty")
+    at = data.find(_MARK) + len(_MARK)
+    digest = hashlib.sha256(data[:at] + b"0" * 64 + data[at + 64 :]).hexdigest().encode()
+    if at < len(_MARK) or data[at : at + 64] != digest:
+        raise _Unusable("its checksum is missing or wrong: it is cut short, damaged, or not written by this callback")
+    arrays = {}
+    try:
+        with h5py.File(io.BytesIO(data), "r") as file:
+            _refuse_foreign(file, len(data), arrays)
+            state = json.loads(arrays.pop("/state").tobytes())
+            if state["format"] != 1:
+                raise _Unusable(f"it has format {state['format']}, unknown to this version of visual_callbacks.py")
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise _Unusable(f"its contents are not those of a checkpoint: {error}") from error
+    return state, {name.removeprefix("/arrays/"): values for name, values in arrays.items()}
+
+
+def _refuse_foreign(group, size, arrays, seen=()):
+    """Walks an HDF5 file without following it elsewhere, and collects the arrays of our group by name."""
+    for name in group:
+        where = f"{group.name}/{name}".replace("//", "/")
+        link = group.get(name, getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            raise _Unusable(f"{where} is a link to elsewhere ({type(link).__name__}), which is not followed")
+        item = group[name]
+        if isinstance(item, h5py.Group):
+            address = h5py.h5o.get_info(item.id).addr
+            if address in seen:
+                raise _Unusable(f"{where} contains itself")
+            _refuse_foreign(item, size, arrays, (*seen, address))
+        elif not isinstance(item, h5py.Dataset) or item.is_virtual or item.external:
+            raise _Unusable(f"{where} takes its data from elsewhere, which is not read")
+        elif item.dtype.hasobject or item.nbytes > size:
+            raise _Unusable(f"{where} claims shape {item.shape} of {item.dtype}, more than the file holds")
+        elif where.startswith(f"/{_GROUP}/"):
+            arrays[where.removeprefix(f"/{_GROUP}")] = item[()]
+
+
+def _load(path, model, arrays):
+    """Puts the weights, the seed states and the optimizer's variables of a checkpoint into `model`.
+
+    Raises:
+        _Unusable: something does not fit. ValueError: the model is not built.
+    """
+    if not model.built:
+        raise ValueError("model: build it before restore(model); begin it with keras.Input(shape), for example")
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    targets = {f"optimizer/{i}": variable for i, variable in enumerate(model.optimizer.variables)}
+    targets |= {f"seeds/{i}": variable for i, variable in enumerate(_seeds(model))}
+    for name, variable in targets.items():
+        if name not in arrays or arrays[name].shape != tuple(variable.shape):
+            found = f"shape {arrays[name].shape}" if name in arrays else "nothing"
+            raise _Unusable(f"{name} ({variable.path}) needs shape {tuple(variable.shape)}, but the file holds {found}")
+    try:
+        model.load_weights(path)
+    except Exception as error:  # whatever Keras raises is the reason to pass on
+        raise _Unusable(f"its weights do not fit this model: {error}") from error
+    for name, variable in targets.items():
+        variable.assign(arrays[name])
