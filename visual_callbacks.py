@@ -76,25 +76,25 @@ def _higher_is_better(name):
     return any(word in name for word in words)
 
 
-def _history_of(records):
-    """Records as columns: `{"epoch": [...], name: [...]}`, with NaN where an epoch did not log a name."""
+def _columns(records):
+    """Records as `{"epoch": [...], name: [...]}`, with NaN where an epoch did not log a name."""
     names = {name: None for record in records for name in record["logs"]}
-    history = {name: [_number(record["logs"].get(name)) for record in records] for name in names}
-    return {"epoch": [record["epoch"] for record in records], **history}
+    columns = {name: [_number(record["logs"].get(name)) for record in records] for name in names}
+    return {**columns, "epoch": [record["epoch"] for record in records]}
 
 
-def plot_history(history, graphs=("acc", "loss"), resumed_at=None, status=""):
-    """Draws one panel a graph: the training curve, the validation curve and the best epoch.
+def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title=""):
+    """Draws one panel a graph: the training curve, the validation curve, the best epoch.
 
     Args:
-        history: what `fit` returned (a `keras.callbacks.History`), or a dict of equally long lists by metric name. A list
-            under `"epoch"` (0-based) says which epochs they are; otherwise they count from the first. NaN is a gap.
-        graphs: names of metrics; `"acc"` finds whatever accuracy was logged, and a validation curve is found by `val_`.
-        resumed_at: 0-based epoch at which a resumed training began, marked by a vertical line.
-        status: one line of text above the panels.
+        history: what `fit` returned, or a dict of lists by metric name. A list under `"epoch"` says which epochs they are,
+            counted from 0; otherwise they begin with the first. NaN is a gap.
+        graphs: metric names; `"acc"` finds whatever accuracy was logged, `val_` its validation curve.
+        resumed_at: epoch (from 0) at which a resumed training began; a vertical line marks it.
+        title: text above the panels.
 
     Returns:
-        A `matplotlib.figure.Figure` that belongs to nobody else: pyplot does not know of it.
+        A `matplotlib.figure.Figure` of which pyplot does not know.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -103,101 +103,91 @@ def plot_history(history, graphs=("acc", "loss"), resumed_at=None, status=""):
         history = {**history.history, "epoch": history.epoch}
     if not isinstance(history, dict):
         raise TypeError(f"history: expected a keras History or a dict of lists, got {type(history).__name__}")
-    picture = _HistoryPicture(_check_graphs(graphs))
-    picture.draw(history, resumed_at, status)
+    picture = _HistoryPicture(graphs)
+    picture.draw(history, resumed_at, title)
     return picture.figure
-
-
-def _check_graphs(graphs):
-    if isinstance(graphs, str) or not all(isinstance(name, str) and name for name in graphs) or not len(graphs):
-        raise ValueError(f'graphs: expected a list of metric names such as ["acc", "loss"], got {graphs!r}')
-    return tuple(graphs)
-
-
-def _metric_name(graph, names):
-    """The logged name that `graph` stands for, or None: Keras 2 logged `acc`, Keras 3 logs `accuracy` and its kin."""
-    if graph in names or graph not in ("acc", "accuracy"):
-        return graph if graph in names else None
-    found = [name for name in names if name == "acc" or name.endswith("accuracy")]
-    return next((name for name in found if not name.startswith("val_")), None)
 
 
 class _HistoryPicture:
     """The figure of `plot_history`. Its artists are made once and then moved, which is cheaper than plotting anew."""
 
     def __init__(self, graphs):
-        self.figure = Figure(figsize=(4.8 * len(graphs), 4), dpi=100, layout="none")
+        if isinstance(graphs, str) or not graphs or not all(isinstance(name, str) and name for name in graphs):
+            raise ValueError(f'graphs: expected a list of metric names such as ["acc", "loss"], got {graphs!r}')
+        width, self.panels = 4.8 * len(graphs), []
+        self.figure = Figure(figsize=(width, 4), dpi=100)
         FigureCanvasAgg(self.figure)
-        self.status = self.figure.text(0.5, 0.97, "", ha="center", va="top", fontsize=10, color=MUTED)
-        self.panels = []
+        self.title = self.figure.text(0.5, 0.97, "", ha="center", va="top")
         for index, graph in enumerate(graphs):
-            width = 4.8 * len(graphs)
-            ax = self.figure.add_axes(((4.8 * index + 0.7) / width, 0.13, 3.95 / width, 0.62))
+            ax = self.figure.add_axes(((4.8 * index + 0.75) / width, 0.13, 3.9 / width, 0.62))
             ax.grid(alpha=0.3)
             ax.spines[["top", "right"]].set_visible(False)
-            ax.set(xlabel="epoch", ylabel=graph)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-            (training,) = ax.plot([], [], color=TRAINING, lw=1.6, label="training")
-            (validation,) = ax.plot([], [], color=VALIDATION, lw=1.6, ls="--", label="validation")
-            (best,) = ax.plot([], [], "o", ms=8, mfc="none", mew=1.8, color="black", zorder=3)
+            ax.set_xlabel("epoch")
+            training, validation, best = (
+                ax.plot([], [], color=TRAINING, label="training", ms=3)[0],
+                ax.plot([], [], color=VALIDATION, label="validation", ms=3, ls="--")[0],
+                ax.plot([], [], "o", color="black", ms=8, mfc="none", mew=1.8, zorder=3)[0],
+            )
             seam = ax.axvline(np.nan, color=MUTED, lw=1.2, ls=":")
-            note = ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=MUTED, wrap=True)
+            note = ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=MUTED)
             self.panels.append((graph, ax, training, validation, best, seam, note))
 
-    def draw(self, history, resumed_at=None, status="", running=None):
-        """Moves every artist to `history`; `running` is `(x, logs)` of the epoch in progress, x in epochs done."""
-        self.status.set_text(status)
-        epochs = history.get("epoch")
-        names = [name for name in {**history, **(running[1] if running else {})} if name != "epoch"]
+    def draw(self, history, resumed_at=None, title="", running=(0, {})):
+        """Moves every artist to `history`; `running` holds the epochs done, as a fraction, and the logs so far."""
+        self.title.set_text(title)
+        names = [name for name in {**history, **running[1]} if name != "epoch"]
         for graph, ax, training, validation, best, seam, note in self.panels:
-            name = _metric_name(graph, names)
-            curves = []
+            name, lines = _metric_name(graph, names), []
             for line, key in ((training, name), (validation, f"val_{name}")):
-                values = np.asarray(history.get(key, []), float)
-                x = 1 + (np.asarray(epochs)[: len(values)] if epochs is not None else np.arange(len(values)))
-                x, values = x[np.isfinite(values)], values[np.isfinite(values)]
-                curves.append((key, x, values))
-                if line is training and running and name in running[1]:
-                    x, values = np.append(x, running[0]), np.append(values, _number(running[1][name]))
-                line.set_data(x, values)
-                line.set_marker("o" if len(values) < 25 else "")
-                line.set_markersize(3)
-            key, x, values = curves[1] if len(curves[1][2]) else curves[0]
-            handles = [line for line in (training, validation) if len(line.get_xdata())]
+                y = np.asarray(history.get(key, []), float)
+                x = 1.0 + np.asarray(history.get("epoch", range(len(y))), float)[: len(y)]
+                x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+                if len(y):
+                    scored, scored_x, scored_y = key, x, y
+                    lines.append(line)
+                if line is training and name in running[1]:
+                    x, y = np.append(x, running[0]), np.append(y, _number(running[1][name]))
+                line.set(data=(x, y), marker="o" if len(y) < 25 else "")
             best.set_data([], [])
-            if len(values):
-                index = np.argmax(values) if _higher_is_better(key) else np.argmin(values)
-                best.set_data([x[index]], [values[index]])
-                best.set_label(f"best {values[index]:.4g}, epoch {x[index]}")
-                handles.append(best)
-            seam.set_xdata([np.nan if resumed_at is None else resumed_at + 0.5] * 2)
+            if lines:
+                index = scored_y.argmax() if _higher_is_better(scored) else scored_y.argmin()
+                best.set(data=([scored_x[index]], [scored_y[index]]))
+                best.set_label(f"best {scored_y[index]:.4g}, epoch {scored_x[index]:.0f}")
+                lines.append(best)
+            seam.set_xdata([math.nan if resumed_at is None else resumed_at + 0.5] * 2)
             if resumed_at is not None:
                 seam.set_label(f"resumed after epoch {resumed_at}")
-                handles.append(seam)
-            missing = name is None and bool(names)
-            note.set_text(f"no {graph!r} was logged;\nthere is: {', '.join(names)}" if missing else "")
+                lines.append(seam)
+            missing = bool(names) and name is None
+            note.set_text(f"no {graph!r} was logged, only\n" + ",\n".join(names[:8]) if missing else "")
             ax.set_ylabel(name or graph)
-            ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, frameon=False, fontsize=9)
-            _fit_axes(ax, training, validation)
+            ax.legend(handles=lines, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, frameon=False, fontsize=9)
+            x, y = (np.concatenate([getattr(line, get)() for line in (training, validation)]) for get in _GET_DATA)
+            ax.set_xlim(0, 1.03 * x.max(initial=1))
+            if np.isfinite(y).any():
+                low, high = np.nanmin(y), np.nanmax(y)
+                margin = 0.06 * ((high - low) or abs(low) or 1)
+                ax.set_ylim(low - margin, high + margin)
 
 
-def _fit_axes(ax, *lines):
-    x = np.concatenate([line.get_xdata() for line in lines])
-    y = np.concatenate([line.get_ydata() for line in lines])
-    ax.set_xlim(0, max(1.0, x.max(initial=0)) * 1.03)
-    y = y[np.isfinite(y)]
-    if len(y):
-        margin = 0.06 * (y.max() - y.min()) or 0.06 * abs(y[0]) or 1
-        ax.set_ylim(y.min() - margin, y.max() + margin)
+_GET_DATA = ("get_xdata", "get_ydata")
+
+
+def _metric_name(graph, names):
+    """The logged name that `graph` stands for, or None: Keras 2 logged `acc`, Keras 3 logs `accuracy` and its kin."""
+    if graph in ("acc", "accuracy") and graph not in names:
+        return next((n for n in names if not n.startswith("val_") and (n == "acc" or n.endswith("accuracy"))), None)
+    return graph if graph in names else None
 
 
 def plot_confusion_matrix(matrix, classes, normalize=False, cmap="Blues", title="Confusion Matrix", ax=None):
-    """Draws a confusion matrix, each class with its recall.
+    """Draws a confusion matrix, with each class's recall beside its name.
 
     Args:
         matrix: counts of shape (classes, classes); `matrix[i, j]` counts the images of class i that were called j.
         classes: the names, in the order of the matrix.
-        normalize: show each row as shares of its true class instead of counts.
+        normalize: show shares of the true class (the row) instead of counts.
         cmap: name of a colormap, or a colormap.
         title: text above the matrix.
         ax: a Matplotlib axes to draw in; without one, a new figure is made.
@@ -206,130 +196,106 @@ def plot_confusion_matrix(matrix, classes, normalize=False, cmap="Blues", title=
         The `matplotlib.figure.Figure` drawn in.
 
     Raises:
-        ValueError: the matrix is not square, holds negative numbers, or does not fit the classes.
+        ValueError: an argument is wrong; the message names it.
     """
-    picture = _MatrixPicture(_check_classes(classes), normalize, cmap, ax)
+    picture = _MatrixPicture(classes, normalize, cmap, ax)
     picture.draw(matrix, title)
     return picture.figure
 
 
-def _check_classes(classes):
-    if isinstance(classes, str) or len(classes) < 2:
-        raise ValueError(f"classes: expected at least two names, got {classes!r}")
-    return [str(name) for name in classes]
-
-
 class _MatrixPicture:
-    """The figure of `plot_confusion_matrix`, whose artists are made once."""
+    """The figure of `plot_confusion_matrix`, whose artists are made once and then changed."""
 
     def __init__(self, classes, normalize, cmap, ax=None):
-        count = len(classes)
-        try:
-            self.cmap = matplotlib.colormaps[cmap] if isinstance(cmap, str) else cmap
-            self.cmap(0.5)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"cmap: expected the name of a colormap or a colormap, got {cmap!r}") from error
-        self.classes, self.normalize = classes, normalize
+        if isinstance(classes, str) or len(classes) < 2:
+            raise ValueError(f"classes: expected at least two names, got {classes!r}")
+        if not callable(cmap) and cmap not in matplotlib.colormaps:
+            raise ValueError(f"cmap: expected a colormap or the name of one, got {cmap!r}")
+        self.classes, self.normalize = [str(name) for name in classes], bool(normalize)
+        self.cmap = cmap if callable(cmap) else matplotlib.colormaps[cmap]
+        count = len(self.classes)
+        font = max(4, min(10, 420 / count))
         if ax is None:
-            size = min(3.2 + 0.42 * count, 10)
-            figure = Figure(figsize=(size + 0.6, size), dpi=100, layout="constrained")
+            # Margins that hold the longest name, so that the axes keep their place from one drawing to the next.
+            side, margin = max(2.6, min(0.5 * count, 8.2)), 0.6 + 0.0088 * font * max(map(len, self.classes))
+            width, height = side + margin + 1.3, side + margin + 0.5
+            figure = Figure(figsize=(width, height), dpi=100)
             FigureCanvasAgg(figure)
-            ax = figure.add_subplot()
+            ax = figure.add_axes(((margin + 0.4) / width, margin / height, side / width, side / height))
+            bar = figure.add_axes(((margin + side + 0.5) / width, margin / height, 0.12 / width, side / height))
+        else:
+            bar = ax.inset_axes((1.02, 0, 0.04, 1))
         self.ax, self.figure = ax, ax.figure
-        self.image = ax.imshow(np.zeros((count, count)), cmap=self.cmap, vmin=0)
-        # Numbers are shown while four digits fit into a cell at a size that can be read.
-        self.font = min(10, 190 / count) if count <= 25 else 0
-        label_font = max(3.5, min(10, 400 / count))
-        ax.set_xlabel("predicted class")
-        ax.set_ylabel("true class (recall)")
-        ax.set_xticks(
-            range(count), classes, rotation=45 if count <= 25 else 90, ha="right" if count <= 25 else "center"
-        )
-        ax.set_yticks(range(count), classes)
-        ax.tick_params(labelsize=label_font, length=2)
-        ax.tick_params(axis="x", rotation=45 if count <= 25 else 90)
-        for label in ax.get_xticklabels():
-            label.set_rotation_mode("anchor" if count <= 25 else "default")
-        bar = self.figure.colorbar(self.image, ax=ax, fraction=0.045, pad=0.02)
-        bar.set_label("share of the true class" if normalize else "images")
-        style = {"ha": "center", "va": "center", "fontsize": self.font}
-        cells = [(i, j) for i in range(count) for j in range(count)] if self.font else []
-        self.texts = {(i, j): ax.text(j, i, "", **style) for i, j in cells}
+        self.image = ax.imshow(np.zeros((count, count)), cmap=self.cmap)
+        self.figure.colorbar(self.image, cax=bar).set_label("share of the true class" if normalize else "images")
+        ax.set(xlabel="predicted class", ylabel="true class, recall", xticks=range(count), yticks=range(count))
+        ax.set_xticklabels(self.classes, rotation=90, fontsize=font)
+        # Numbers only while four digits fit into a cell.
+        cells = np.ndindex(count, count) if count <= 20 else ()
+        self.texts = {
+            (i, j): ax.text(j, i, "", ha="center", va="center", fontsize=min(10, 170 / count)) for i, j in cells
+        }
 
     def draw(self, matrix, title):
-        matrix = np.asarray(matrix, float)
-        if matrix.shape != (len(self.classes),) * 2 or (matrix < 0).any():
-            shape = (len(self.classes),) * 2
-            raise ValueError(f"matrix: expected counts of shape {shape} for these classes, got shape {matrix.shape}")
-        rows = matrix.sum(axis=1)
-        shares = matrix / np.maximum(rows, 1)[:, None]
+        matrix, count = np.asarray(matrix, float), len(self.classes)
+        if matrix.shape != (count, count) or (matrix < 0).any():
+            raise ValueError(f"matrix: expected counts of shape {(count, count)}, got an array of shape {matrix.shape}")
+        shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
         shown = shares if self.normalize else matrix
-        self.image.set_data(shown)
-        self.image.set_clim(0, 1 if self.normalize else max(matrix.max(), 1))
-        recall = np.where(rows > 0, np.diag(shares), np.nan)
-        # Always as wide, so that the axes keep their place from one drawing to the next.
-        self.ax.set_yticklabels(f"{name} {'–' if np.isnan(r) else f'{r:.0%}'}" for name, r in zip(self.classes, recall))
+        self.image.set(data=shown, clim=(0, 1 if self.normalize else max(matrix.max(), 1)))
+        recalls = [f"{name} {share:4.0%}" for name, share in zip(self.classes, shares.diagonal())]
+        self.ax.set_yticklabels(recalls, fontsize=self.ax.get_xticklabels()[0].get_fontsize())
         self.ax.set_title(title)
-        for (i, j), text in self.texts.items():
-            text.set_text(f"{shown[i, j]:.2f}".replace("0.", ".") if self.normalize else f"{matrix[i, j]:.0f}")
-            red, green, blue, _ = self.cmap(self.image.norm(shown[i, j]))
-            text.set_color("black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white")
-
-
-def _kernel():
-    """The shell of a Jupyter or Colab kernel or of a notebook runner; None in a script or a terminal."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return shell if hasattr(shell, "kernel") else None
+        for cell, text in self.texts.items():
+            red, green, blue, _ = self.cmap(self.image.norm(shown[cell]))
+            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+            text.set(text=f"{shown[cell]:.2f}" if self.normalize else f"{shown[cell]:.0f}", color="w" if dark else "k")
 
 
 class _Screen:
     """Where one plotter shows its one picture: a display of its own in a kernel, else (or also) a PNG file."""
 
     def __init__(self, path, save):
-        self.path, self.save = Path(path), save
-        self.handle = self.cell = None
+        self.path, self.save, self.handle, self.cell = Path(path), save, None, None
 
     def show(self, figure):
         buffer = io.BytesIO()
-        # Light compression: most of a redraw's time is otherwise spent on making the file a little smaller.
+        # Light compression: most of a redraw's time would otherwise go into making the file a little smaller.
         figure.canvas.print_png(buffer, pil_kwargs={"compress_level": 1})
-        shell = _kernel()
-        if shell:
+        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        if hasattr(shell, "kernel"):  # Jupyter, Colab or a notebook runner, as opposed to a script or a terminal
             from IPython.display import Image, display
 
             width, height = figure.canvas.get_width_height()
             image = Image(buffer.getvalue(), format="png", width=width, height=height)
-            if self.handle is None or self.cell != shell.execution_count:
-                self.handle, self.cell = display(image, display_id=True), shell.execution_count
-            else:
+            if self.handle and self.cell == shell.execution_count:
                 self.handle.update(image)
-        if self.save or not shell:
-            with contextlib.suppress(OSError):  # a full disk spoils a picture, never the training
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                partial = self.path.with_name(self.path.stem + ".tmp.png")
+            else:
+                self.handle, self.cell = display(image, display_id=True), shell.execution_count
+        if self.save or not hasattr(shell, "kernel"):
+            with contextlib.suppress(OSError):  # a full disk costs a picture, never the training
+                partial = self.path.with_name(f"{self.path.stem}.tmp.png")
                 partial.write_bytes(buffer.getvalue())
                 partial.replace(self.path)
 
 
 def _duration(seconds):
-    """Seconds as people say them: `8 s`, `3 min 20 s`, `2 h 5 min`."""
-    seconds = int(round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    return (
-        f"{seconds // 60} min {seconds % 60} s" if seconds < 3600 else f"{seconds // 3600} h {seconds % 3600 // 60} min"
-    )
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 class AccLossPlotter(_Recorder):
     """Redraws the accuracy and loss curves while a model trains, with the best epoch and the resume seam marked.
 
-    Inside a long epoch the running values are shown too, every two seconds, with the time left for the whole run.
+    Inside a long epoch the running values are shown every two seconds, with the time left for the whole run.
 
     Args:
-        graphs: the panels, by metric name; `"acc"` stands for whatever accuracy is logged. Any logged metric can be named.
+        graphs: the panels, by metric name; `"acc"` stands for whatever accuracy is logged.
         save_graph: also keep the picture current in a file. Without a kernel (a plain script) it always is.
-        path: that file.
+        title: text above the panels, before the progress.
+        path: the file for the picture.
         verbose: 1 prints one line an epoch, 0 nothing.
 
     Raises:
@@ -339,62 +305,55 @@ class AccLossPlotter(_Recorder):
         model.fit(x, y, epochs=10, verbose=0, callbacks=[AccLossPlotter(graphs=["acc", "loss"])])
     """
 
-    def __init__(self, graphs=("acc", "loss"), save_graph=False, path="training_acc_loss.png", verbose=1):
+    def __init__(self, graphs=("acc", "loss"), save_graph=False, title="", path="training_acc_loss.png", verbose=1):
         super().__init__()
         if verbose not in (0, 1):
             raise ValueError(f"verbose: expected 0 or 1, got {verbose!r}")
-        self.graphs, self.verbose = _check_graphs(graphs), verbose
-        self._picture = _HistoryPicture(self.graphs)
-        self._screen = _Screen(path, save_graph)
-        self._resumed_at = None
+        self.title, self.verbose = title, verbose
+        self._picture, self._screen = _HistoryPicture(graphs), _Screen(path, save_graph)
 
     def on_train_begin(self, logs=None):
-        self._began = self._epoch_began = time.monotonic()
-        self._first_epoch = self._resumed_at = None
-        self._epoch_seconds = []
-        self._draw("starting")  # the first sign of life: compiling and the first batches may take a while
+        self._began, self._seconds, self._resumed_at = time.monotonic(), [], None
+        self._draw("starting")  # the first sign of life: compiling may take a while
 
     def on_epoch_begin(self, epoch, logs=None):
         super().on_epoch_begin(epoch, logs)
-        if self._first_epoch is None:
-            self._first_epoch = epoch
+        if not self._seconds:
             self._resumed_at = epoch or None
         self._epoch, self._epoch_began = epoch, time.monotonic()
 
     def on_train_batch_end(self, batch, logs=None):
-        now = time.monotonic()
-        steps = self.params.get("steps")
+        now, steps = time.monotonic(), self.params.get("steps")
         if now - self._drawn < 2 or not steps:
             return
         done = (batch + 1) / steps
-        if self._epoch_seconds:
-            left = np.median(self._epoch_seconds[-5:]) * (self.params["epochs"] - self._epoch - done)
-        else:  # no epoch finished yet since the start or the resume: the pace of this one has to do
-            left = (now - self._epoch_began) / done * (self.params["epochs"] - self._epoch - done)
-        self._draw(f"{done:.0%} of epoch {self._position()} · {_duration(left)} left", (self._epoch + done, logs or {}))
+        # While no epoch has finished since the start, or since the resume, the pace of this one has to do.
+        pace = np.median(self._seconds[-5:]) if self._seconds else (now - self._epoch_began) / done
+        left = _duration(pace * (self.params["epochs"] - self._epoch - done))
+        self._draw(f"{done:.0%} of epoch {self._position()}, {left} left", (self._epoch + done, logs or {}))
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
-        self._epoch_seconds.append(time.monotonic() - self._epoch_began)
-        left = _duration(np.median(self._epoch_seconds[-5:]) * (self.params["epochs"] - epoch - 1))
-        self._draw(f"epoch {self._position()} · {left} left")
+        self._seconds.append(time.monotonic() - self._epoch_began)
+        left = _duration(np.median(self._seconds[-5:]) * (self.params["epochs"] - epoch - 1))
+        self._draw(f"epoch {self._position()}, {left} left")
         if self.verbose:
             values = "  ".join(f"{name} {_number(value):.4f}" for name, value in (logs or {}).items())
-            print(f"epoch {self._position()}  {values}  {_duration(self._epoch_seconds[-1])}, {left} left", flush=True)
+            print(f"epoch {self._position()}  {values}  {_duration(self._seconds[-1])}, {left} left", flush=True)
 
     def on_train_end(self, logs=None):
-        records = _records(self.model)
-        trained = f" · trained in {_duration(time.monotonic() - self._began)}" if self._epoch_seconds else ""
-        self._draw(f"{records[-1]['epoch'] + 1} epochs{trained}" if records else "nothing was trained")
+        records, seconds = _records(self.model), time.monotonic() - self._began
+        took = f" in {_duration(seconds)}" if self._seconds and not self._resumed_at else ""
+        self._draw(f"{records[-1]['epoch'] + 1} epochs{took}" if records else "nothing was trained")
 
     def _position(self):
         return f"{self._epoch + 1}/{self.params['epochs']}"
 
-    def _draw(self, status, running=None):
-        rate = getattr(getattr(self.model, "optimizer", None), "learning_rate", None)
-        with contextlib.suppress(TypeError, ValueError):
-            status += f" · learning rate {float(keras.ops.convert_to_numpy(rate)):.3g}"
-        self._picture.draw(_history_of(_records(self.model)), self._resumed_at, status, running)
+    def _draw(self, progress, running=(0, {})):
+        parts = [self.title, progress] if self.title else [progress]
+        with contextlib.suppress(AttributeError, TypeError, ValueError):  # not every optimizer has one learning rate
+            parts.append(f"learning rate {float(self.model.optimizer.learning_rate):.3g}")
+        self._picture.draw(_columns(_records(self.model)), self._resumed_at, " · ".join(parts), running)
         self._screen.show(self._picture.figure)
         self._drawn = time.monotonic()
 
@@ -402,8 +361,8 @@ class AccLossPlotter(_Recorder):
 class ConfusionMatrixPlotter(_Recorder):
     """Redraws the confusion matrix of a validation set after each epoch.
 
-    Compile the model with `keras.metrics.OneHotMeanIoU(len(classes))` (or `MeanIoU` for integer labels) and pass the same
-    images as `validation_data`: that metric of Keras's own then already holds the matrix, and nothing is predicted twice.
+    Compile `keras.metrics.OneHotMeanIoU(len(classes))` (`MeanIoU` for integer labels) as a metric and pass the same images
+    as `validation_data`: that metric then holds the matrix after validation, and nothing is predicted a second time.
 
     Args:
         X_val: images, an array whose first axis counts them.
@@ -421,41 +380,32 @@ class ConfusionMatrixPlotter(_Recorder):
     """
 
     def __init__(
-        self,
-        X_val,
-        Y_val,
-        classes,
-        normalize=False,
-        cmap="Blues",
-        title="Confusion Matrix",
-        every=1,
-        save_graph=False,
+        self, X_val, Y_val, classes, normalize=False, cmap="Blues", title="Confusion Matrix", every=1, save_graph=False,
         path="confusion_matrix.png",
-    ):
+    ):  # fmt: skip
         super().__init__()
-        self.classes = _check_classes(classes)
-        labels = np.asarray(Y_val)
-        if labels.ndim == 2 and labels.shape[1] == len(self.classes):
-            labels = labels.argmax(axis=1)
-        labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
-        if labels.ndim != 1 or len(labels) == 0:
-            expected = f"(n,) or one-hot of shape (n, {len(self.classes)})"
-            raise ValueError(f"Y_val: expected labels of shape {expected}, got shape {np.shape(Y_val)}")
-        if len(X_val) != len(labels):
-            raise ValueError(f"X_val: holds {len(X_val)} images, but Y_val {len(labels)} labels")
-        if (labels != labels.astype(int)).any() or labels.min() < 0 or labels.max() >= len(self.classes):
-            raise ValueError(
-                f"Y_val: expected whole numbers from 0 to {len(self.classes) - 1}, one for each of classes"
+        self._picture, self._screen = _MatrixPicture(classes, normalize, cmap), _Screen(path, save_graph)
+        labels, count = np.asarray(Y_val), len(classes)
+        if labels.ndim == 2:
+            labels = (
+                labels.argmax(axis=1)
+                if labels.shape[1] == count
+                else labels.squeeze(axis=-1)
+                if labels.shape[1] == 1
+                else labels
             )
+        if labels.ndim != 1 or len(labels) != len(X_val):
+            shapes = f"({len(X_val)},) or one-hot of shape ({len(X_val)}, {count})"
+            raise ValueError(f"Y_val: expected labels of shape {shapes}, as X_val has it, got shape {np.shape(Y_val)}")
+        if not len(labels) or (labels != labels.astype(int)).any() or labels.min() < 0 or labels.max() >= count:
+            raise ValueError(f"Y_val: expected whole numbers from 0 to {count - 1}, one for each of classes")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every: expected a whole number of epochs, at least 1, got {every!r}")
-        self.X_val, self._labels = X_val, labels.astype(int)
-        self.title, self.every = title, every
-        self._picture = _MatrixPicture(self.classes, normalize, cmap)
-        self._screen = _Screen(path, save_graph)
+        self.X_val, self.labels, self.title, self.every = X_val, labels.astype(int), title, every
 
     def on_train_begin(self, logs=None):
-        self._picture.draw(np.zeros((len(self.classes),) * 2), f"{self.title} · starting")
+        self._drawn_epoch = None
+        self._picture.draw(np.zeros((len(self._picture.classes),) * 2), f"{self.title} · starting")
         self._screen.show(self._picture.figure)
 
     def on_epoch_end(self, epoch, logs=None):
@@ -465,11 +415,8 @@ class ConfusionMatrixPlotter(_Recorder):
 
     def on_train_end(self, logs=None):
         records = _records(self.model)
-        if records and records[-1]["epoch"] >= 0 and not self._drawn_for(records[-1]["epoch"]):
+        if records and records[-1]["epoch"] != self._drawn_epoch:  # the last epoch, or a finished run shown again
             self._draw(records[-1]["epoch"])
-
-    def _drawn_for(self, epoch):
-        return getattr(self, "_drawn_epoch", None) == epoch
 
     def _draw(self, epoch):
         self._drawn_epoch = epoch
@@ -477,28 +424,22 @@ class ConfusionMatrixPlotter(_Recorder):
         self._screen.show(self._picture.figure)
 
     def confusion_matrix(self):
-        """Counts of shape (classes, classes), true class by row, for the model as it is now."""
-        for metric in self._compiled_metrics():
-            matrix = np.asarray(keras.ops.convert_to_numpy(metric.total_cm))
-            if matrix.shape == (len(self.classes),) * 2 and matrix.sum() == len(self._labels):
-                if (matrix.sum(axis=1) == np.bincount(self._labels, minlength=len(self.classes))).all():
-                    return matrix
-        predicted = self._predict()
-        count = len(self.classes)
-        return np.bincount(self._labels * count + predicted, minlength=count * count).reshape(count, count)
-
-    def _compiled_metrics(self):
+        """Counts of shape (classes, classes), true class by row, of the model as it is now."""
+        count = len(self._picture.classes)
         for metric in self.model.metrics:
-            yield from (m for m in [metric, *getattr(metric, "metrics", [])] if hasattr(m, "total_cm"))
-
-    def _predict(self):
-        scores = np.asarray(self.model.predict(self.X_val, batch_size=500, verbose=0))
-        scores = scores.reshape(len(self._labels), -1)
-        if scores.shape[1] == 1 and len(self.classes) == 2:
-            return (scores[:, 0] > 0.5).astype(int)
-        if scores.shape[1] != len(self.classes):
-            raise ValueError(f"classes: {len(self.classes)} names, but the model has {scores.shape[1]} outputs")
-        return scores.argmax(axis=1)
+            for held in (getattr(m, "total_cm", None) for m in [metric, *getattr(metric, "metrics", [])]):
+                matrix = np.zeros(0) if held is None else np.asarray(keras.ops.convert_to_numpy(held))
+                # Only if it is of these very images, as the counts of their labels tell.
+                if (
+                    matrix.shape == (count, count)
+                    and (matrix.sum(1) == np.bincount(self.labels, minlength=count)).all()
+                ):
+                    return matrix
+        scores = np.asarray(self.model.predict(self.X_val, batch_size=500, verbose=0)).reshape(len(self.labels), -1)
+        if scores.shape[1] not in (count, 1 if count == 2 else count):
+            raise ValueError(f"classes: {count} names, but the model has {scores.shape[1]} outputs")
+        predicted = scores.argmax(axis=1) if scores.shape[1] > 1 else scores[:, 0] > 0.5
+        return np.bincount(self.labels * count + predicted, minlength=count * count).reshape(count, count)
 
 
 class _Unusable(Exception):

@@ -1,0 +1,69 @@
+"""Renews the committed notebook and figures from an executed default run: `make release` calls it.
+
+    python tests/release.py EXECUTED.ipynb
+
+The tests import `code_digest` from here, to notice a code cell edited since.
+"""
+
+import hashlib
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "CIFAR_10_Classification.ipynb"
+FIGURES = ("sample.png", "loss.png", "confusion_matrix.png", "results.png")
+
+
+def code_digest(notebook):
+    """SHA-256 of all code cells, to tell whether one was edited after the outputs were made."""
+    sources = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return hashlib.sha256(sources.encode()).hexdigest()
+
+
+def printed(notebook):
+    """All text that the notebook's cells printed."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "\n".join(output.text for output in outputs if output.output_type == "stream")
+
+
+def clean(notebook):
+    """Drops what the runner and the libraries left behind: metadata, injected cells, TensorFlow's start-up lines."""
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        assert "injected-parameters" not in tags, "not a default run: a knob was set"
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                output.get("metadata", {}).pop("transient", None)
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+            "code_digest": code_digest(notebook),
+        }
+    )
+
+
+def main():
+    notebook = nbformat.read(sys.argv[1], as_version=4)
+    text = printed(notebook)
+    folder = ROOT / re.search(r"This run is kept in (\S+)", text)[1]
+    if "STAND-IN" in text:
+        sys.exit("This run used the stand-in; a release shows real data. Set CIFAR10_NPZ.")
+    if "epoch 1/" not in text:
+        sys.exit(f"This run trained nothing, as {folder} holds a finished one. Move that folder away and run again.")
+    clean(notebook)
+    nbformat.write(notebook, NOTEBOOK)
+    for name in FIGURES:
+        shutil.copy(folder / name, ROOT / "Images" / name)
+    shutil.copy(folder / "best_model.hdf5", ROOT / "models" / "best_model.hdf5")
+    print(f"Renewed {NOTEBOOK.name}, Images/ and models/best_model.hdf5 from {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The plotters outside a kernel: what they draw, what they write, what they refuse."""
+
+import keras
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from conftest import CLASSES
+
+from visual_callbacks import AccLossPlotter, ConfusionMatrixPlotter, plot_confusion_matrix, plot_history
+
+
+def fit(model, x, y, callbacks, epochs=2, validation=True, **more):
+    validation_data = (x[:30], y[:30]) if validation else None
+    return model.fit(x, y, 30, epochs, verbose=0, validation_data=validation_data, callbacks=callbacks, **more)
+
+
+def curve(figure, panel, label):
+    """The x and y of the line called `label`."""
+    (line,) = (line for line in figure.axes[panel].lines if line.get_label() == label)
+    return list(line.get_xdata()), list(line.get_ydata())
+
+
+@pytest.mark.parametrize("labels", ["one-hot", "integers", "integer column"])
+def test_both_plotters_write_their_pictures_every_epoch(data, build, labels, tmp_path, capsys):
+    x, y = data
+    y = {"one-hot": np.eye(3)[y], "integers": y, "integer column": y[:, None]}[labels]
+    written = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            written.append([path.read_bytes() for path in sorted(tmp_path.glob("*.png"))])
+
+    model = build("categorical_crossentropy" if labels == "one-hot" else "sparse_categorical_crossentropy")
+    fit(model, x, y, [AccLossPlotter(), ConfusionMatrixPlotter(x, y, CLASSES), Watch()], epochs=3)
+    assert [len(pictures) for pictures in written] == [2, 2, 2]
+    assert len({pictures[0] for pictures in written}) == len({pictures[1] for pictures in written}) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["confusion_matrix.png", "training_acc_loss.png"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+    assert all("loss" in line and "accuracy" in line and line.endswith("left") for line in lines)
+    assert not plt.get_fignums()
+
+
+def test_the_curves_are_what_keras_recorded(data, build):
+    x, y = data
+    plotter = AccLossPlotter(verbose=0)
+    history = fit(build(), x, np.eye(3)[y], [plotter], epochs=4)
+    figure = plotter._picture.figure
+    assert curve(figure, 0, "training") == ([1, 2, 3, 4], history.history["accuracy"])
+    assert curve(figure, 0, "validation") == ([1, 2, 3, 4], history.history["val_accuracy"])
+    assert curve(figure, 1, "training") == ([1, 2, 3, 4], history.history["loss"])
+    assert curve(figure, 1, "validation") == ([1, 2, 3, 4], history.history["val_loss"])
+    again = plot_history(history)
+    assert curve(again, 1, "validation") == curve(figure, 1, "validation")
+
+
+def test_epochs_without_validation_are_left_out_of_its_curve(data, build):
+    x, y = data
+    plotter = AccLossPlotter(verbose=0)
+    fit(build(), x, np.eye(3)[y], [plotter], epochs=5, validation_freq=2)
+    assert curve(plotter._picture.figure, 1, "validation")[0] == [2, 4]
+
+
+def test_without_validation_data_the_training_curve_is_marked(data, build):
+    x, y = data
+    plotter = AccLossPlotter(verbose=0)
+    history = fit(build(), x, np.eye(3)[y], [plotter, ConfusionMatrixPlotter(x, y, CLASSES)], validation=False)
+    axes = plotter._picture.figure.axes[1]
+    best = min(history.history["loss"])
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == ["training", f"best {best:.4g}, epoch {np.argmin(history.history['loss']) + 1}"]
+
+
+@pytest.mark.parametrize("logged", ["acc", "accuracy"])
+def test_accuracy_is_found_under_both_names(logged):
+    figure = plot_history({logged: [0.1, 0.4], f"val_{logged}": [0.2, 0.3], "loss": [2, 1]}, graphs=["acc", "loss"])
+    assert curve(figure, 0, "validation") == ([1, 2], [0.2, 0.3])
+    assert "best 0.3, epoch 2" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_a_metric_that_is_not_logged_is_said_to_be_missing():
+    figure = plot_history({"loss": [2, 1]}, graphs=["acc", "loss"])
+    assert any("no 'acc' was logged" in text.get_text() for text in figure.axes[0].texts)
+    assert not any("was logged" in text.get_text() for text in figure.axes[1].texts)
+
+
+def test_the_seam_of_a_resumed_training_is_marked(data, build):
+    x, y = data
+    plotter, model = AccLossPlotter(verbose=0), build()
+    fit(model, x, np.eye(3)[y], [plotter], epochs=2)
+    fit(model, x, np.eye(3)[y], [plotter], epochs=4, initial_epoch=2)
+    assert curve(plotter._picture.figure, 1, "training")[0] == [1, 2, 3, 4]
+    assert curve(plotter._picture.figure, 1, "resumed after epoch 2")[0] == [2.5, 2.5]
+    fit(model, x, np.eye(3)[y], [plotter], epochs=2)  # from the start again: the old curve is gone
+    assert curve(plotter._picture.figure, 1, "training")[0] == [1, 2]
+
+
+def test_text_stays_inside_the_picture_and_apart():
+    history = {"accuracy": [0.1, 0.9], "val_accuracy": [0.2, 0.8], "loss": [2, 1], "val_loss": [200.0, 100.0]}
+    figures = [
+        plot_history(history, resumed_at=1, title="data · 90% of epoch 100/100, 2 h 3 min left · learning rate 1e-05")
+    ]
+    figures += [
+        plot_confusion_matrix(np.eye(n) * 5000, [f"{'long ' * (n < 20)}name {i}" for i in range(n)])
+        for n in (2, 10, 100)
+    ]
+    for figure in figures:
+        drawn, whole = figure.get_tightbbox(), figure.bbox_inches
+        assert drawn.x0 >= 0 and drawn.y0 >= 0 and drawn.x1 <= whole.x1 and drawn.y1 <= whole.y1, drawn
+    boxes = [text.get_window_extent() for text in figures[0].findobj(matplotlib.text.Text) if text.get_text().strip()]
+    boxes = [box.padded(-1) for box in boxes if figures[0].bbox.overlaps(box) and box.x0 > 0]
+    assert len(boxes) > 20
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
+
+
+def test_binary_output(data, build):
+    x, y = data
+    y = (y == 1).astype(int)
+    plotter = ConfusionMatrixPlotter(x, y, ["no", "yes"])
+    model = build("binary_crossentropy", outputs=1)
+    fit(model, x, y, [plotter], epochs=1)
+    predicted = model.predict(x, verbose=0)[:, 0] > 0.5
+    assert plotter.confusion_matrix().tolist() == [
+        [int(((y == i) & (predicted == j)).sum()) for j in (0, 1)] for i in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("one_hot", [True, False])
+def test_the_compiled_metric_saves_the_second_prediction(data, build, one_hot, monkeypatch):
+    x, y = data
+    if one_hot:
+        y, loss, metric = np.eye(3)[y], "categorical_crossentropy", keras.metrics.OneHotMeanIoU(3)
+    else:
+        loss, metric = "sparse_categorical_crossentropy", keras.metrics.MeanIoU(3, sparse_y_pred=False)
+    model, plotter = build(loss, metrics=["accuracy", metric]), ConfusionMatrixPlotter(x[:30], y[:30], CLASSES)
+    matrices = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            matrices.append(plotter.confusion_matrix())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "predict", lambda *_, **__: pytest.fail("predicted a second time"))
+        fit(model, x, y, [plotter, Watch()], epochs=1)
+    predicted, true = model.predict(x[:30], verbose=0).argmax(1), data[1][:30]
+    assert matrices[0].tolist() == [[int(((true == i) & (predicted == j)).sum()) for j in range(3)] for i in range(3)]
+
+
+def test_other_validation_images_than_the_metrics_are_predicted(data, build):
+    x, y = data
+    model = build(metrics=[keras.metrics.OneHotMeanIoU(3)])
+    plotter = ConfusionMatrixPlotter(x[30:], y[30:], CLASSES)
+    fit(model, x, np.eye(3)[y], [plotter], epochs=1)
+    assert plotter.confusion_matrix().sum() == 60
+
+
+def test_a_confusion_matrix_shows_counts_shares_and_recall():
+    matrix = [[3, 1, 0], [0, 4, 0], [2, 0, 0]]
+    axes = plot_confusion_matrix(matrix, CLASSES).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["3", "1", "0", "0", "4", "0", "2", "0", "0"]
+    assert [label.get_text().split() for label in axes.get_yticklabels()] == [
+        ["ant", "75%"],
+        ["bee", "100%"],
+        ["cow", "0%"],
+    ]
+    shares = plot_confusion_matrix(matrix, CLASSES, normalize=True).axes[0]
+    assert shares.texts[0].get_text() == "0.75" and np.allclose(shares.images[0].get_array()[0], [0.75, 0.25, 0])
+    assert not plot_confusion_matrix(np.eye(100), range(100)).axes[0].texts
+    ax = plt.figure().add_subplot()
+    assert plot_confusion_matrix(matrix, CLASSES, ax=ax, cmap=plt.cm.Greens) is ax.figure
+    plt.close("all")
+
+
+def test_every_n_epochs_and_the_last(data, build):
+    x, y = data
+    plotter, drawn = ConfusionMatrixPlotter(x, y, CLASSES, every=2), []
+    draw = plotter._picture.draw
+    plotter._picture.draw = lambda matrix, title: (drawn.append(title), draw(matrix, title))
+    fit(build(), x, np.eye(3)[y], [plotter], epochs=5)
+    assert drawn == ["Confusion Matrix · " + when for when in ("starting", "epoch 2", "epoch 4", "epoch 5")]
+
+
+def test_old_calls_of_keras_visuals_work_unchanged(data, build):
+    x, y = data
+    y = np.eye(3)[y]
+    plotters = [
+        AccLossPlotter(graphs=["acc", "loss"], save_graph=True),
+        ConfusionMatrixPlotter(X_val=x, classes=CLASSES, Y_val=y, normalize=True, cmap=plt.cm.Blues, title="Matrix"),
+    ]
+    fit(build(), x, y, plotters, epochs=1)
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda x, y: AccLossPlotter(graphs="loss"), "graphs"),
+        (lambda x, y: AccLossPlotter(graphs=[]), "graphs"),
+        (lambda x, y: AccLossPlotter(verbose=2), "verbose"),
+        (lambda x, y: AccLossPlotter(colour="red"), "colour"),
+        (lambda x, y: ConfusionMatrixPlotter(x, y[:5], CLASSES), "Y_val"),
+        (lambda x, y: ConfusionMatrixPlotter(x, np.zeros((90, 5)), CLASSES), "Y_val"),
+        (lambda x, y: ConfusionMatrixPlotter(x, y + 1, CLASSES), "Y_val"),
+        (lambda x, y: ConfusionMatrixPlotter(x, y + 0.5, CLASSES), "Y_val"),
+        (lambda x, y: ConfusionMatrixPlotter(x[:0], y[:0], CLASSES), "Y_val"),
+        (lambda x, y: ConfusionMatrixPlotter(x, y, "abc"), "classes"),
+        (lambda x, y: ConfusionMatrixPlotter(x, y, CLASSES, cmap="no such map"), "cmap"),
+        (lambda x, y: ConfusionMatrixPlotter(x, y, CLASSES, every=0), "every"),
+        (lambda x, y: ConfusionMatrixPlotter(x, y, CLASSES, size=3), "size"),
+        (lambda x, y: plot_confusion_matrix(np.eye(2), CLASSES), "matrix"),
+        (lambda x, y: plot_confusion_matrix(-np.eye(3), CLASSES), "matrix"),
+        (lambda x, y: plot_history([1, 2]), "history"),
+    ],
+)
+def test_wrong_arguments_are_named(data, make, name):
+    with pytest.raises((TypeError, ValueError), match=name):
+        make(*data)
+
+
+def test_classes_that_do_not_match_the_model_are_an_error(data, build):
+    x, y = data
+    with pytest.raises(ValueError, match="classes: 4 names, but the model has 3 outputs"):
+        fit(build(), x, np.eye(3)[y], [ConfusionMatrixPlotter(x, y, [*CLASSES, "dog"])], epochs=1)
