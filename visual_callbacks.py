@@ -7,10 +7,9 @@ Copy this one file beside any Keras 3 notebook or script (TensorFlow, JAX or PyT
               validation_data=(x_val, y_val), initial_epoch=checkpoint.restore(model),
               callbacks=[AccLossPlotter(), ConfusionMatrixPlotter(x_val, y_val, classes), checkpoint])
 
-In a Jupyter or Colab kernel each plotter owns one picture, which is replaced in place; in a plain script the pictures
-are PNG files, renewed after every epoch. Names, argument order and defaults of the plotters are those of
-chasingbob/keras-visuals. Recording apart from drawing is an idea of livelossplot, text colours taken from the colormap
-one of scikit-learn's ConfusionMatrixDisplay, a backup that `fit` continues from one of Keras's BackupAndRestore.
+In a Jupyter or Colab kernel each plotter owns one picture, replaced in place; in a script the pictures are files.
+Names, argument order and defaults of the plotters are those of chasingbob/keras-visuals. Recording apart from drawing is
+an idea of livelossplot, a backup that `fit` continues from one of Keras's BackupAndRestore.
 """
 
 import contextlib
@@ -84,17 +83,14 @@ def _columns(records):
 
 
 def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title=""):
-    """Draws one panel a graph: the training curve, the validation curve, the best epoch.
+    """Draws one panel a graph: the training curve, the validation curve, the best epoch. Returns a Matplotlib Figure.
 
     Args:
-        history: what `fit` returned, or a dict of lists by metric name. A list under `"epoch"` says which epochs they are,
-            counted from 0; otherwise they begin with the first. NaN is a gap.
-        graphs: metric names; `"acc"` finds whatever accuracy was logged, `val_` its validation curve.
+        history: what `fit` returned, or a dict of lists by metric name, with the epochs (from 0) under `"epoch"` unless
+            they begin with the first. NaN is a gap.
+        graphs: metric names; `"acc"` finds whatever accuracy was logged.
         resumed_at: epoch (from 0) at which a resumed training began; a vertical line marks it.
         title: text above the panels.
-
-    Returns:
-        A `matplotlib.figure.Figure` of which pyplot does not know.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -124,11 +120,9 @@ class _HistoryPicture:
             ax.spines[["top", "right"]].set_visible(False)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
             ax.set_xlabel("epoch")
-            training, validation, best = (
-                ax.plot([], [], color=TRAINING, label="training", ms=3)[0],
-                ax.plot([], [], color=VALIDATION, label="validation", ms=3, ls="--")[0],
-                ax.plot([], [], "o", color="black", ms=8, mfc="none", mew=1.8, zorder=3)[0],
-            )
+            (training,) = ax.plot([], [], color=TRAINING, label="training", ms=3)
+            (validation,) = ax.plot([], [], color=VALIDATION, label="validation", ms=3, ls="--")
+            (best,) = ax.plot([], [], "o", color="black", ms=8, mfc="none", mew=1.8, zorder=3)
             seam = ax.axvline(np.nan, color=MUTED, lw=1.2, ls=":")
             note = ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=MUTED)
             self.panels.append((graph, ax, training, validation, best, seam, note))
@@ -163,15 +157,12 @@ class _HistoryPicture:
             note.set_text(f"no {graph!r} was logged, only\n" + ",\n".join(names[:8]) if missing else "")
             ax.set_ylabel(name or graph)
             ax.legend(handles=lines, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, frameon=False, fontsize=9)
-            x, y = (np.concatenate([getattr(line, get)() for line in (training, validation)]) for get in _GET_DATA)
+            x, y = np.concatenate([line.get_data() for line in (training, validation)], axis=1)
             ax.set_xlim(0, 1.03 * x.max(initial=1))
             if np.isfinite(y).any():
                 low, high = np.nanmin(y), np.nanmax(y)
                 margin = 0.06 * ((high - low) or abs(low) or 1)
                 ax.set_ylim(low - margin, high + margin)
-
-
-_GET_DATA = ("get_xdata", "get_ydata")
 
 
 def _metric_name(graph, names):
@@ -182,7 +173,7 @@ def _metric_name(graph, names):
 
 
 def plot_confusion_matrix(matrix, classes, normalize=False, cmap="Blues", title="Confusion Matrix", ax=None):
-    """Draws a confusion matrix, with each class's recall beside its name.
+    """Draws a confusion matrix, with each class's recall beside its name. Returns the Matplotlib Figure drawn in.
 
     Args:
         matrix: counts of shape (classes, classes); `matrix[i, j]` counts the images of class i that were called j.
@@ -190,10 +181,7 @@ def plot_confusion_matrix(matrix, classes, normalize=False, cmap="Blues", title=
         normalize: show shares of the true class (the row) instead of counts.
         cmap: name of a colormap, or a colormap.
         title: text above the matrix.
-        ax: a Matplotlib axes to draw in; without one, a new figure is made.
-
-    Returns:
-        The `matplotlib.figure.Figure` drawn in.
+        ax: a Matplotlib axes to draw in, instead of a new figure.
 
     Raises:
         ValueError: an argument is wrong; the message names it.
@@ -300,9 +288,6 @@ class AccLossPlotter(_Recorder):
 
     Raises:
         ValueError: an argument is wrong; the message names it.
-
-    Example:
-        model.fit(x, y, epochs=10, verbose=0, callbacks=[AccLossPlotter(graphs=["acc", "loss"])])
     """
 
     def __init__(self, graphs=("acc", "loss"), save_graph=False, title="", path="training_acc_loss.png", verbose=1):
@@ -361,8 +346,8 @@ class AccLossPlotter(_Recorder):
 class ConfusionMatrixPlotter(_Recorder):
     """Redraws the confusion matrix of a validation set after each epoch.
 
-    Compile `keras.metrics.OneHotMeanIoU(len(classes))` (`MeanIoU` for integer labels) as a metric and pass the same images
-    as `validation_data`: that metric then holds the matrix after validation, and nothing is predicted a second time.
+    Compile `keras.metrics.OneHotMeanIoU(len(classes))` (`MeanIoU` for integer labels) as a metric and validate on the
+    same images: that metric then holds the matrix, and nothing is predicted a second time.
 
     Args:
         X_val: images, an array whose first axis counts them.
@@ -449,17 +434,17 @@ class _Unusable(Exception):
 class ResumableCheckpoint(_Recorder):
     """Saves a training after every epoch so exactly that continuing it equals never having stopped.
 
-    `saved_model.hdf5` is renewed after every epoch, `best_model.hdf5` whenever the monitored value improves. Plain Keras
+    `saved_model.hdf5` is renewed after every epoch, `best_model.hdf5` when the monitored value improves. Plain Keras
     opens both, by `model.load_weights(path)` and by `keras.models.load_model(path)`, which returns an uncompiled model:
-    the optimizer's variables are in a group of our own, beside the seed states of dropout and augmentation layers, the
-    epoch, the history, the best value, the counters of `callbacks`, the random states of Python, NumPy and PyTorch, and
-    a SHA-256 of the whole file. There is one way to use it, which starts, continues and at last only shows the curves::
+    the optimizer is in a group of our own, with the seed states of dropout and augmentation layers, the epoch, history,
+    best value, counters of `callbacks`, random states of Python, NumPy and PyTorch, and a SHA-256 of the whole file.
+    There is one way to use it, which starts a training, continues it and at last only shows the curves::
 
         checkpoint = ResumableCheckpoint("runs/first", callbacks=[early_stopping], settings={"batch_size": 250})
         model.fit(..., initial_epoch=checkpoint.restore(model), callbacks=[early_stopping, checkpoint])
 
-    Its place in the list does not matter: an epoch is saved when the next one begins or training ends. The data must
-    come in the same order again, which is the caller's part, as Keras keeps no state of its own shuffling: pass
+    Its place in the list does not matter: an epoch is saved when the next one begins or training ends. That the data
+    comes in the same order again is the caller's part, as Keras keeps no state of its own shuffling: pass
     `shuffle=False` and a `keras.utils.PyDataset` that derives order and augmentation from a seed and the epoch.
 
     Args:
@@ -477,10 +462,8 @@ class ResumableCheckpoint(_Recorder):
 
     def __init__(self, directory, monitor="val_loss", callbacks=(), settings=None, mode="auto", verbose=1):
         super().__init__()
-        if not isinstance(monitor, str) or not monitor:
-            raise ValueError(f"monitor: expected the name of a logged value, got {monitor!r}")
-        if mode not in ("auto", "min", "max"):
-            raise ValueError(f'mode: expected "auto", "min" or "max", got {mode!r}')
+        if not isinstance(monitor, str) or mode not in ("auto", "min", "max"):
+            raise ValueError(f'monitor, mode: expected a name and "auto", "min" or "max", got {monitor!r}, {mode!r}')
         if not isinstance(callbacks, (list, tuple)) or not all(hasattr(c, "on_epoch_end") for c in callbacks):
             raise TypeError(f"callbacks: expected a list of Keras callbacks, got {callbacks!r}")
         try:
@@ -492,10 +475,7 @@ class ResumableCheckpoint(_Recorder):
         self.saved_path, self.best_path = self.directory / "saved_model.hdf5", self.directory / "best_model.hdf5"
         self.monitor, self.callbacks, self.verbose = monitor, list(callbacks), verbose
         self._maximise = mode == "max" or mode == "auto" and _higher_is_better(monitor)
-        self._forget()
-
-    def _forget(self):
-        self._next_epoch, self.best, self.best_epoch, self._restored = 0, None, None, None
+        self._restored, self._next_epoch, self.best, self.best_epoch = None, None, None, None
 
     def restore(self, model):
         """Loads the saved state into a compiled model.
@@ -513,15 +493,13 @@ class ResumableCheckpoint(_Recorder):
         """
         if not getattr(model, "compiled", False):
             raise ValueError("model: compile it before restore(model), so that the optimizer's state has a place to go")
-        self._forget()
+        self._restored, self._next_epoch, self.best, self.best_epoch = None, 0, None, None
         _records(model).clear()
         problems = {}
-        for path in (self.saved_path, self.best_path):
-            if not path.exists():
-                continue
+        for path in filter(Path.exists, (self.saved_path, self.best_path)):
             try:
                 state, arrays = _read(path, model)
-                differences = _differences(state["fingerprint"], _plain(self._fingerprint(model)))
+                differences = _differences(state["fingerprint"], self._fingerprint(model))
                 if differences:
                     raise _Unusable("\n  ".join(["it belongs to another training:", *differences]))
                 _load(path, model, arrays)
@@ -532,10 +510,8 @@ class ResumableCheckpoint(_Recorder):
             return self._next_epoch
         if problems:
             listed = "\n".join(f"{path}: {problem}" for path, problem in problems.items())
-            raise ValueError(
-                f"There is no state to continue from, and nothing was changed.\n{listed}\n"
-                "To continue, undo the differences; to start anew, use another directory or move these files away."
-            )
+            remedy = "To continue, undo the differences; to start anew, use another directory or move these files away."
+            raise ValueError(f"There is no state to continue from, and nothing was changed.\n{listed}\n{remedy}")
         return 0
 
     def _adopt(self, model, state, arrays, path, problems):
@@ -552,23 +528,22 @@ class ResumableCheckpoint(_Recorder):
             lost = f"Continuing from {path}, epoch {state['epoch'] + 1}; what was trained after that epoch is lost."
             warnings.warn(f"{why} {lost}", stacklevel=3)
         if self.verbose:
+            best = (
+                f", best {self.monitor} {self.best:.4f} in epoch {self.best_epoch + 1}" if self.best is not None else ""
+            )
             done = "This training is complete" if state["finished"] else "Continuing"
-            print(f"{done} after epoch {state['epoch'] + 1}{self._best_text()} [{self.directory}]", flush=True)
-
-    def _best_text(self):
-        return "" if self.best is None else f", best {self.monitor} {self.best:.4f} in epoch {self.best_epoch + 1}"
+            print(f"{done} after epoch {state['epoch'] + 1}{best} [{self.directory}]", flush=True)
 
     def _fingerprint(self, model):
         """All that must be the same for a resumed training to equal an uninterrupted one, as plain data."""
+        names = {layer.name: f"layer {i}" for i, layer in enumerate(_all_layers(model))}
+        # Layers are called by their position, as a model built again in the same kernel has other generated names.
+        architecture = re.sub(r'"([^"\\]*)"', lambda m: json.dumps(names.get(m[1], m[1])), model.to_json())
         loss = model.loss if isinstance(model.loss, str) else keras.saving.serialize_keras_object(model.loss)
-        return {
-            "model": _architecture(model),
-            "optimizer": _without_generated(keras.saving.serialize_keras_object(model.optimizer)),
-            "loss": _without_generated(loss),
-            "monitor": f"{self.monitor} ({'max' if self._maximise else 'min'})",
-            "callbacks": [type(callback).__name__ for callback in self.callbacks],
-            "settings": self.settings,
-        }
+        kinds = {"optimizer": keras.saving.serialize_keras_object(model.optimizer), "loss": loss}
+        kinds |= {"model": json.loads(architecture), "callbacks": [type(c).__name__ for c in self.callbacks]}
+        monitor = f"{self.monitor} ({'max' if self._maximise else 'min'})"
+        return _plain({**_without_generated(kinds), "monitor": monitor, "settings": self.settings})
 
     def on_train_begin(self, logs=None):
         if self._restored and self._restored[0]() is not self.model:
@@ -590,27 +565,26 @@ class ResumableCheckpoint(_Recorder):
             return
         # Before the first epoch of this `fit`: by now every other callback has reset itself.
         if epoch != self._next_epoch and (self.saved_path.exists() or self.best_path.exists()):
-            raise ValueError(
-                f"fit began at epoch {epoch}, but {self.directory} holds a training that was not restored or continues "
-                f"at another epoch. Use fit(..., initial_epoch=checkpoint.restore(model)) to continue it, or another "
-                f"directory to start anew."
+            remedy = (
+                "To continue it, use fit(..., initial_epoch=checkpoint.restore(model)); otherwise, another directory."
             )
+            raise ValueError(f"fit began at epoch {epoch}, but {self.directory} holds a training unlike that. {remedy}")
         self._began, self._next_epoch = True, epoch
         if self._restored:
             _, state, arrays = self._restored
             self.model.history.epoch = [record["epoch"] for record in _records(self.model)]
             for index, (callback, counters) in enumerate(zip(self.callbacks, state["counters"])):
-                if counters.get("best_weights") is not None:
+                if isinstance(counters.get("best_weights"), int):
                     count = counters["best_weights"]
                     counters["best_weights"] = [arrays[f"callbacks/{index}/{i}"] for i in range(count)]
                 vars(callback).update(counters)
-            _set_random_state(state["random"], arrays)
+            _set_random_state(state["random"])
             self._restored = None  # from here on, the live objects are ahead of it
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
-        if not logs or self.monitor not in logs:
-            raise ValueError(f"monitor: {self.monitor!r} was not logged; there is: {', '.join(logs or ['nothing'])}")
+        if self.monitor not in (logs or {}):
+            raise ValueError(f"monitor: {self.monitor!r} was not logged, only {', '.join(logs or {}) or 'nothing'}")
         self._pending, value = epoch, _number(logs[self.monitor])
         if math.isfinite(value) and (self.best is None or (value > self.best if self._maximise else value < self.best)):
             self.best, self.best_epoch = value, epoch
@@ -633,13 +607,12 @@ class ResumableCheckpoint(_Recorder):
         epoch = self._pending
         if epoch is None:
             return
-        problem = self._not_finite()
+        problem = _not_finite(self.model)
         if problem:
+            kept = f"The last finite state (after epoch {self._next_epoch}) is kept."
+            again = "An exact resume will meet the same again: lower the learning rate."
             if not self._told_nan:
-                warnings.warn(
-                    f"Epoch {epoch + 1} is not saved, as {problem}. The last finite state (after epoch "
-                    f"{self._next_epoch}) is kept. An exact resume will meet the same again: lower the learning rate."
-                )
+                warnings.warn(f"Epoch {epoch + 1} is not saved, as {problem}. {kept} {again}")
             self._told_nan = True
             return
         try:
@@ -661,13 +634,6 @@ class ResumableCheckpoint(_Recorder):
         self._failure = self._pending = None
         self._next_epoch = state["next_epoch"]
 
-    def _not_finite(self):
-        loss = _number(_records(self.model)[-1]["logs"].get("loss", 0.0))
-        if not math.isfinite(loss):
-            return f"its loss is {loss}"
-        bad = [v.path for v, values in zip(self.model.weights, _values(self.model.weights)) if not _finite(values)]
-        return f"these weights are not finite: {', '.join(bad[:3])}" if bad else None
-
     def _state(self, epoch, finished):
         """What Keras leaves out: plain data for a JSON text, and arrays by name."""
         arrays = {f"optimizer/{i}": v for i, v in enumerate(_values(self.model.optimizer.variables))}
@@ -677,18 +643,9 @@ class ResumableCheckpoint(_Recorder):
             if values.get("best_weights") is not None:
                 arrays |= {f"callbacks/{index}/{i}": v for i, v in enumerate(values["best_weights"])}
                 values["best_weights"] = len(values["best_weights"])
-        state = {
-            "format": 1,
-            "epoch": epoch,
-            "next_epoch": finished or epoch + 1,
-            "finished": bool(finished),
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "records": _records(self.model),
-            "counters": counters,
-            "random": _random_state(arrays),
-            "fingerprint": self._fingerprint(self.model),
-        }
+        state = {"epoch": epoch, "next_epoch": finished or epoch + 1, "finished": bool(finished), "counters": counters}
+        state |= {"best": self.best, "best_epoch": self.best_epoch, "records": _records(self.model)}
+        state |= {"random": _random_state(), "fingerprint": self._fingerprint(self.model), "format": 1}
         return state, arrays
 
     def _watch_for_interrupt(self):
@@ -702,12 +659,11 @@ class ResumableCheckpoint(_Recorder):
             signal.signal(signal.SIGINT, previous)
             checkpoint, caller = reference(), frame
             # Only where a fit of our model is going on: an error may have ended it without our knowing.
-            while caller and not (caller.f_code.co_name == "fit" and caller.f_locals.get("self") is self.model):
+            while caller and checkpoint and caller.f_locals.get("self") is not checkpoint.model:
                 caller = caller.f_back
             if caller and checkpoint:
-                print(
-                    f"\nStopped. Run again to continue after epoch {checkpoint._next_epoch}. [{checkpoint.directory}]"
-                )
+                where = f"Run again to continue after epoch {checkpoint._next_epoch}. [{checkpoint.directory}]"
+                print(f"\nStopped. {where if checkpoint._next_epoch else 'No epoch was finished yet.'}", flush=True)
             (previous if callable(previous) else signal.default_int_handler)(number, frame)
 
         handler.previous = previous
@@ -718,39 +674,30 @@ _GROUP = "resumable_checkpoint"
 _MARK = b"SHA-256 of this file, with zeros for the 64 digits that follow: "
 # What Keras's callbacks count and compare from epoch to epoch. `min_delta` is left alone: Keras changes its sign later.
 _COUNTERS = ("best", "wait", "cooldown_counter", "best_epoch", "stopped_epoch", "best_weights")
+_STATE = {"epoch", "next_epoch", "finished", "counters", "best", "best_epoch", "records", "random", "fingerprint"}
+# A config without generated names, seeds (their states are restored) and what is no part of a training.
+_GENERATED = {"name", "seed", "shared_object_id", "build_config", "compile_config", "keras_version", "backend"}
 
 
 def _plain(value):
-    """The same as JSON would give it back: tuples as lists, NumPy numbers as numbers."""
+    """The same as JSON would give it back: tuples as lists, arrays and NumPy numbers as lists and numbers."""
     return json.loads(json.dumps(value, default=_jsonable))
 
 
-def _jsonable(value):
-    if hasattr(value, "__array__"):
-        return np.asarray(value).tolist()
-    return os.fspath(value)  # a path; TypeError for anything else
+def _jsonable(value):  # os.fspath gives the text of a path, and a TypeError for anything else
+    return np.asarray(value).tolist() if hasattr(value, "__array__") else os.fspath(value)
 
 
 def _all_layers(model):
     for layer in model.layers:
         yield layer
-        if hasattr(layer, "layers"):
-            yield from _all_layers(layer)
-
-
-def _architecture(model):
-    """The model's config with each layer called by its position, as a rebuilt model has other generated names."""
-    names = {layer.name: f"layer {i}" for i, layer in enumerate(_all_layers(model))}
-    text = re.sub(r'"([^"\\]*)"', lambda found: json.dumps(names.get(found[1], found[1])), model.to_json())
-    return _without_generated(json.loads(text))
+        yield from _all_layers(layer) if hasattr(layer, "layers") else ()
 
 
 def _without_generated(config):
-    """A config without generated names, seeds (their states are restored) and the current learning rate."""
     if isinstance(config, dict):
-        dropped = {"name", "seed", "shared_object_id", "build_config", "compile_config", "keras_version", "backend"}
-        dropped |= {"learning_rate"} if isinstance(config.get("learning_rate"), (int, float)) else set()
-        return {key: _without_generated(value) for key, value in config.items() if key not in dropped}
+        rate = {"learning_rate"} if isinstance(config.get("learning_rate"), (int, float)) else set()  # the current one
+        return {key: _without_generated(value) for key, value in config.items() if key not in _GENERATED | rate}
     return [_without_generated(value) for value in config] if isinstance(config, (list, tuple)) else config
 
 
@@ -769,45 +716,49 @@ def _values(variables):
     return [np.asarray(keras.ops.convert_to_numpy(variable)) for variable in variables]
 
 
-def _finite(values):
-    return not np.issubdtype(values.dtype, np.floating) or bool(np.isfinite(values).all())
-
-
 def _seeds(model):
     """The states of the seed generators inside layers: variables that are not weights."""
     weights = {id(variable) for variable in model.weights}
     return [variable for variable in model.variables if id(variable) not in weights]
 
 
-def _random_state(arrays):
-    """The global random states: arrays go into `arrays`, the rest is returned as plain data."""
-    kind, arrays["random/numpy"], *rest = np.random.get_state()
+def _not_finite(model):
+    """What of the last epoch is NaN or infinite, or None."""
+    loss = _number(_records(model)[-1]["logs"].get("loss", 0.0))
+    if not math.isfinite(loss):
+        return f"its loss is {loss}"
+    named = zip((variable.path for variable in model.weights), _values(model.weights))
+    return next(
+        (f"{path} is not finite" for path, v in named if v.dtype.kind == "f" and not np.isfinite(v).all()), None
+    )
+
+
+def _random_state():
+    state = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
     if keras.backend.backend() == "torch":
         import torch
 
-        arrays["random/torch"] = torch.get_rng_state().numpy()
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        arrays |= {f"random/cuda/{i}": device.numpy() for i, device in enumerate(devices)}
-    return {"python": random.getstate(), "numpy": [kind, *rest]}
+        state["torch"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    return _plain(state)
 
 
-def _set_random_state(state, arrays):
+def _set_random_state(state):
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    kind, *rest = state["numpy"]
-    np.random.set_state((kind, arrays["random/numpy"], *rest))
-    if keras.backend.backend() == "torch" and "random/torch" in arrays:
+    np.random.set_state(state["numpy"])
+    if keras.backend.backend() == "torch" and "torch" in state:
         import torch
 
-        torch.set_rng_state(torch.from_numpy(arrays["random/torch"]))
-        for i in range(torch.cuda.device_count() if f"random/cuda/{torch.cuda.device_count() - 1}" in arrays else 0):
-            torch.cuda.set_rng_state(torch.from_numpy(arrays[f"random/cuda/{i}"]), i)
+        cpu, *devices = (torch.tensor(values, dtype=torch.uint8) for values in state["torch"])
+        torch.set_rng_state(cpu)
+        if len(devices) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(devices)
 
 
 def _keras_part(model):
     """The bytes of the HDF5 file that `model.save` writes, without its warning that HDF5 is a legacy format."""
-    logger = logging.getLogger("absl")
-    quiet = lambda record: "HDF5" not in record.getMessage()  # noqa: E731
+    logger, quiet = logging.getLogger("absl"), logging.Filter()
+    quiet.filter = lambda record: "HDF5" not in record.getMessage()
     logger.addFilter(quiet)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -820,23 +771,19 @@ def _keras_part(model):
 
 def _check_that_hdf5_holds(model):
     """Refuses, before training starts, a model that Keras cannot save to HDF5, or saves but cannot load again."""
-    kept = random.getstate(), np.random.get_state()
+    kept = _random_state()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "model.hdf5")
-            path.write_bytes(_keras_part(model))
+            Path(folder, "model.hdf5").write_bytes(_keras_part(model))
             own = {type(layer).__name__: type(layer) for layer in _all_layers(model)}
-            keras.models.load_model(path, custom_objects=own, compile=False, safe_mode=False)
+            keras.models.load_model(Path(folder, "model.hdf5"), custom_objects=own, compile=False, safe_mode=False)
     except OSError as error:
         warnings.warn(f"Could not try out whether this model can be saved: {error}")
     except Exception as error:  # whatever Keras raises is the reason to pass on
-        raise ValueError(
-            f"model: HDF5 cannot hold {model.name!r}, so its training could not be resumed. Build it as a Sequential or "
-            f"Functional model, from layers only. Keras says: {error}"
-        ) from error
+        remedy = "Build it as a Sequential or Functional model, from layers only."
+        raise ValueError(f"model: HDF5 cannot hold {model.name!r}. {remedy} Keras says: {error}") from error
     finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
+        _set_random_state(kept)
 
 
 def _with_state(keras_part, state, arrays):
@@ -847,7 +794,7 @@ def _with_state(keras_part, state, arrays):
         # A dataset, as HDF5 limits attributes to 64 KB.
         group["state"] = np.frombuffer(json.dumps(state, default=_jsonable).encode(), np.uint8)
         for name, values in arrays.items():
-            group.create_dataset(f"arrays/{name}", data=values)
+            group[f"arrays/{name}"] = values
         group["sha256"] = np.frombuffer(_MARK + b"0" * 64, np.uint8)
     data = buffer.getvalue()
     at = data.index(_MARK) + len(_MARK)
@@ -866,11 +813,9 @@ def _write(path, data):
             raise OSError(f"{partial} reads back differently from what was written")
         os.replace(partial, path)
         if os.name == "posix":  # makes the rename last through a power cut; Windows has no such call
-            descriptor = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -880,8 +825,7 @@ def _write(path, data):
 def _read(path, model):
     """The state and the arrays of a checkpoint, read only after every byte of the file was found to be as written.
 
-    Raises:
-        _Unusable: the file is damaged, is no checkpoint of ours, or would make HDF5 open other files or take much memory.
+    Raises _Unusable if the file is damaged, is not ours, or would make HDF5 open other files or take much memory.
     """
     try:
         most = 2**26 + 12 * sum(values.nbytes for values in _values(model.variables))
@@ -900,19 +844,18 @@ def _read(path, model):
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
             _refuse_foreign(file, len(data), arrays)
-            state = json.loads(arrays.pop("/state").tobytes())
-            if state["format"] != 1:
-                raise _Unusable(f"it has format {state['format']}, unknown to this version of visual_callbacks.py")
+        state = json.loads(arrays.pop("state").tobytes())
+        if state["format"] != 1 or not _STATE <= state.keys():
+            raise _Unusable(f"its format ({state['format']}) is unknown to this version of visual_callbacks.py")
     except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise _Unusable(f"its contents are not those of a checkpoint: {error}") from error
-    return state, {name.removeprefix("/arrays/"): values for name, values in arrays.items()}
+    return state, {name.removeprefix("arrays/"): values for name, values in arrays.items()}
 
 
 def _refuse_foreign(group, size, arrays, seen=()):
     """Walks an HDF5 file without following it elsewhere, and collects the arrays of our group by name."""
-    for name in group:
-        where = f"{group.name}/{name}".replace("//", "/")
-        link = group.get(name, getlink=True)
+    for name, link in ((name, group.get(name, getlink=True)) for name in group):
+        where = f"{group.name}/{name}".lstrip("/")
         if not isinstance(link, h5py.HardLink):
             raise _Unusable(f"{where} is a link to elsewhere ({type(link).__name__}), which is not followed")
         item = group[name]
@@ -925,29 +868,20 @@ def _refuse_foreign(group, size, arrays, seen=()):
             raise _Unusable(f"{where} takes its data from elsewhere, which is not read")
         elif item.dtype.hasobject or item.nbytes > size:
             raise _Unusable(f"{where} claims shape {item.shape} of {item.dtype}, more than the file holds")
-        elif where.startswith(f"/{_GROUP}/"):
-            arrays[where.removeprefix(f"/{_GROUP}")] = item[()]
+        elif where.startswith(f"{_GROUP}/"):
+            arrays[where.removeprefix(f"{_GROUP}/")] = item[()]
 
 
 def _load(path, model, arrays):
-    """Puts the weights, the seed states and the optimizer's variables of a checkpoint into `model`.
-
-    Raises:
-        _Unusable: something does not fit. ValueError: the model is not built.
-    """
+    """Puts the weights, the seed states and the optimizer's variables of a checkpoint into `model`."""
     if not model.built:
         raise ValueError("model: build it before restore(model); begin it with keras.Input(shape), for example")
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
-    targets = {f"optimizer/{i}": variable for i, variable in enumerate(model.optimizer.variables)}
-    targets |= {f"seeds/{i}": variable for i, variable in enumerate(_seeds(model))}
-    for name, variable in targets.items():
-        if name not in arrays or arrays[name].shape != tuple(variable.shape):
-            found = f"shape {arrays[name].shape}" if name in arrays else "nothing"
-            raise _Unusable(f"{name} ({variable.path}) needs shape {tuple(variable.shape)}, but the file holds {found}")
     try:
         model.load_weights(path)
+        for kind, variables in (("optimizer", model.optimizer.variables), ("seeds", _seeds(model))):
+            for index, variable in enumerate(variables):
+                variable.assign(arrays[f"{kind}/{index}"])
     except Exception as error:  # whatever Keras raises is the reason to pass on
-        raise _Unusable(f"its weights do not fit this model: {error}") from error
-    for name, variable in targets.items():
-        variable.assign(arrays[name])
+        raise _Unusable(f"its contents do not fit this model: {error}") from error

@@ -59,6 +59,7 @@ def main():
         sys.exit(f"This run trained nothing, as {folder} holds a finished one. Move that folder away and run again.")
     clean(notebook)
     nbformat.write(notebook, NOTEBOOK)
+    (ROOT / "Images").mkdir(exist_ok=True)
     for name in FIGURES:
         shutil.copy(folder / name, ROOT / "Images" / name)
     shutil.copy(folder / "best_model.hdf5", ROOT / "models" / "best_model.hdf5")

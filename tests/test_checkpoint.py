@@ -1,0 +1,616 @@
+"""ResumableCheckpoint in one process: what equals what, what is refused, what is said."""
+
+import ctypes
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import training
+from conftest import ROOT, needs
+from keras import layers
+from training import CONFIGS, EPOCHS, images, train
+
+import visual_callbacks
+from visual_callbacks import AccLossPlotter, ResumableCheckpoint
+
+training.prepare()
+SAVED, BEST = "saved_model.hdf5", "best_model.hdf5"
+
+
+class Stop(keras.callbacks.Callback):
+    """Ends a training in the middle of an epoch, by an error or by whatever `act` does."""
+
+    def __init__(self, epoch, act=None):
+        super().__init__()
+        self.at, self.act = epoch, act
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.epoch == self.at and batch == 2:
+            if self.act:
+                return self.act()
+            raise InterruptedError
+
+
+def interrupt(config, folder, epoch, **options):
+    with pytest.raises(InterruptedError):
+        train(config, folder, extra=[Stop(epoch)], **options)
+
+
+def same(folder, other):
+    return [(Path(folder) / name).read_bytes() == (Path(other) / name).read_bytes() for name in (SAVED, BEST)]
+
+
+def variables(model):
+    return [np.asarray(keras.ops.convert_to_numpy(v)) for v in [*model.variables, *model.optimizer.variables]]
+
+
+# Exactly equal ----
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("first", [False, True], ids=["checkpoint last", "checkpoint first"])
+def test_resumed_equals_uninterrupted_to_the_last_byte(config, first):
+    model, history, _ = train(config, "whole", first=first)
+    interrupt(config, "parts", 2, first=first)
+    interrupt(config, "parts", 4, first=first)
+    resumed, continued, _ = train(config, "parts", first=first)
+    assert all((a == b).all() for a, b in zip(variables(model), variables(resumed), strict=True))
+    assert continued.history == history.history and continued.epoch == history.epoch == list(range(EPOCHS))
+    assert same("whole", "parts") == [True, True]
+
+
+def test_the_place_in_the_list_does_not_matter():
+    train("plateau", "first", first=True)
+    train("plateau", "last")
+    assert same("first", "last") == [True, True]
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_resumed_equals_uninterrupted_on_other_backends(backend):
+    probe = subprocess.run([sys.executable, "-c", f"import {backend}"], capture_output=True)
+    needs(probe.returncode == 0, backend)
+    env = {**os.environ, "KERAS_BACKEND": backend}
+    script = str(ROOT / "tests" / "training.py")
+    for config in ("sgd", "plateau"):
+        subprocess.run([sys.executable, script, config, f"whole-{config}"], env=env, check=True, capture_output=True)
+        killer = subprocess.Popen([sys.executable, script, config, f"parts-{config}"], env=env, stdout=-1, text=True)
+        for line in killer.stdout:
+            if line == "began 3\n":
+                killer.kill()
+        result = subprocess.run(
+            [sys.executable, script, config, f"parts-{config}"], env=env, check=True, stdout=-1, text=True
+        )
+        assert "Continuing after epoch" in result.stdout
+        assert same(f"whole-{config}", f"parts-{config}") == [True, True]
+
+
+def test_global_random_states_continue():
+    drawn = {}
+
+    class Draw(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            drawn[epoch] = random.random(), np.random.rand()
+
+    train("sgd", "whole", extra=[Draw()])
+    whole, _ = dict(drawn), drawn.clear()
+    with pytest.raises(InterruptedError):
+        train("sgd", "parts", extra=[Draw(), Stop(3)])
+    random.seed(99), np.random.seed(99)
+    train("sgd", "parts", extra=[Draw()])
+    assert drawn == whole
+
+
+def test_counters_of_the_neighbours_continue():
+    train("plateau", "whole")
+    interrupt("plateau", "parts", 4)
+    _, _, checkpoint = train("plateau", "parts", extra=[], epochs=EPOCHS)
+    with h5py.File("whole/" + SAVED) as a, h5py.File("parts/" + SAVED) as b:
+        states = [json.loads(file["resumable_checkpoint/state"][()].tobytes()) for file in (a, b)]
+    assert states[0]["counters"] == states[1]["counters"]
+    assert states[0]["counters"][0]["best"] < np.inf and states[0]["counters"][1]["best_epoch"] > 0
+
+
+def test_averaged_weights_are_in_the_finished_file_and_not_in_the_best():
+    model, history, checkpoint = train("ema", "run")
+    averaged = [np.asarray(v) for v in model.get_weights()]
+    assert not all((a == b).all() for a, b in zip(averaged, keras.models.load_model("run/" + BEST).get_weights()))
+    assert all((a == b).all() for a, b in zip(averaged, keras.models.load_model("run/" + SAVED).get_weights()))
+    best = keras.models.load_model("run/" + BEST)
+    best.compile(loss="categorical_crossentropy")
+    x, y = images()
+    assert best.evaluate(x[:30], y[:30], verbose=0) == pytest.approx(min(history.history["val_loss"]), abs=1e-5)
+
+
+# One way to use it ----
+
+
+def test_a_finished_training_trains_nothing_and_shows_its_curves(capsys):
+    _, history, _ = train("sgd", "run")
+    before = Path("run", SAVED).read_bytes()
+    plotter = AccLossPlotter(verbose=0)
+    capsys.readouterr()
+    model, again, checkpoint = train("sgd", "run", extra=[plotter])
+    assert again.history == history.history and again.epoch == history.epoch
+    assert "This training is complete after epoch 6, best val_loss" in capsys.readouterr().out
+    assert list(plotter._picture.panels[1][2].get_ydata()) == history.history["loss"]
+    assert Path("run", SAVED).read_bytes() == before
+
+
+def test_early_stopping_is_final(monkeypatch):
+    stopping = [keras.callbacks.EarlyStopping("loss", min_delta=9, patience=2, restore_best_weights=True)]
+    monkeypatch.setitem(CONFIGS, "stopping", (training.sequential, lambda: training.ADAM(0.01), lambda: stopping))
+    for first in (True, False):
+        model, history, _ = train("stopping", f"run{first}", first=first)
+        assert history.epoch == [0, 1, 2]
+        weights = keras.models.load_model(f"run{first}/{SAVED}").get_weights()
+        assert all((a == b).all() for a, b in zip(weights, model.get_weights()))
+        again, more, _ = train("stopping", f"run{first}", first=first)
+        assert more.epoch == [0, 1, 2] and more.history == history.history
+        assert all((a == b).all() for a, b in zip(again.get_weights(), model.get_weights()))
+
+
+def test_the_curve_continues_with_its_seam():
+    interrupt("sgd", "run", 3)
+    plotter = AccLossPlotter(verbose=0)
+    _, history, _ = train("sgd", "run", extra=[plotter])
+    graph, ax, training_line, _, _, seam, _ = plotter._picture.panels[1]
+    assert list(training_line.get_ydata()) == history.history["loss"] and len(history.epoch) == EPOCHS
+    assert seam.get_xdata()[0] == 3.5 and seam.get_label() == "resumed after epoch 3"
+
+
+def test_the_best_is_not_overwritten_by_worse_epochs_after_a_resume():
+    _, history, _ = train("plateau", "whole")
+    interrupt("plateau", "run", 4)
+    best = Path("run", BEST).read_bytes()
+    _, resumed, checkpoint = train("plateau", "run")
+    assert checkpoint.best == min(history.history["val_loss"])
+    improved = min(history.history["val_loss"][4:]) < min(history.history["val_loss"][:4])
+    assert (Path("run", BEST).read_bytes() != best) == improved
+
+
+def test_fit_from_epoch_0_into_a_folder_with_a_state_is_refused():
+    interrupt("sgd", "run", 2)
+    before = Path("run", SAVED).read_bytes()
+    x, y = images()
+    model = training.sequential()
+    model.compile("sgd", "categorical_crossentropy")
+    with pytest.raises(ValueError, match=r"initial_epoch=checkpoint.restore\(model\)"):
+        model.fit(x, y, verbose=0, validation_split=0.2, callbacks=[ResumableCheckpoint("run")])
+    assert Path("run", SAVED).read_bytes() == before
+
+
+def test_plain_keras_opens_both_files():
+    model, *_ = train("adamw", "run")
+    text = (
+        "import keras, sys, numpy as np\n"
+        "assert 'visual_callbacks' not in sys.modules\n"
+        "saved, best = (keras.models.load_model(f'run/{n}_model.hdf5') for n in ('saved', 'best'))\n"
+        "best.load_weights('run/saved_model.hdf5')\n"
+        "x = np.ones((2, 8, 8, 3))\n"
+        "assert (saved.predict(x, verbose=0) == best.predict(x, verbose=0)).all()\n"
+        "print(saved.predict(x, verbose=0).tolist())"
+    )
+    result = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert np.allclose(json.loads(result.stdout), model.predict(np.ones((2, 8, 8, 3)), verbose=0), atol=1e-6)
+
+
+def test_saving_is_silent_and_leaves_the_live_model_alone(capfd, caplog):
+    model, *_ = train("adam", "run")
+    assert "HDF5" not in capfd.readouterr().err + caplog.text
+    model.save("after.keras")
+    assert isinstance(keras.models.load_model("after.keras").optimizer, keras.optimizers.Adam)
+    assert sorted(path.name for path in Path("run").iterdir()) == [BEST, SAVED]
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        ({"monitor": 3}, "monitor"),
+        ({"mode": "best"}, "mode"),
+        ({"callbacks": keras.callbacks.History()}, "callbacks"),
+        ({"callbacks": ["EarlyStopping"]}, "callbacks"),
+        ({"settings": {"x": object()}}, "settings"),
+        ({"settings": 3}, "settings"),
+        ({"keep": 3}, "keep"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, name):
+    with pytest.raises((TypeError, ValueError), match=name):
+        ResumableCheckpoint("run", **arguments)
+
+
+def test_a_monitor_that_is_not_logged_is_an_error():
+    with pytest.raises(ValueError, match="monitor: 'val_los' was not logged, only accuracy, loss"):
+        train("sgd", "run", monitor="val_los")
+
+
+def test_uncompiled_unbuilt_and_foreign_models_are_refused():
+    with pytest.raises(ValueError, match="compile it"):
+        ResumableCheckpoint("run").restore(training.sequential())
+    train("sgd", "run", epochs=1)
+    model = keras.Sequential([layers.Dense(3)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="model"):
+        ResumableCheckpoint("run").restore(model)
+
+
+# Models that HDF5 cannot hold ----
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def operators():
+    inputs = keras.Input((4,))
+    return keras.Model(inputs, layers.Dense(3)(inputs * 0.5))
+
+
+@pytest.mark.parametrize("make", [Subclassed, operators])
+def test_a_model_that_hdf5_cannot_hold_is_refused_before_training(make):
+    model = make()
+    model.compile("sgd", "mse")
+    x = np.ones((8, 4), "float32")
+    model.build((None, 4))
+    before = [np.asarray(v) for v in model.get_weights()]
+    with pytest.raises(ValueError, match="HDF5 cannot hold"):
+        model.fit(x, x[:, :3], verbose=0, callbacks=[ResumableCheckpoint("run", monitor="loss")])
+    assert all((a == b).all() for a, b in zip(before, model.get_weights()))
+
+
+@keras.saving.register_keras_serializable()
+class Double(layers.Layer):
+    def call(self, inputs):
+        return inputs * 2
+
+
+def test_own_registered_layers_and_metrics_are_no_obstacle():
+    class Half(keras.metrics.MeanAbsoluteError):
+        def result(self):
+            return super().result() / 2
+
+    model = keras.Sequential([keras.Input((4,)), Double(), layers.Dense(3)])
+    model.compile("sgd", lambda t, p: keras.ops.mean((t - p) ** 2), metrics=[Half()])
+    checkpoint = ResumableCheckpoint("run", monitor="loss")
+    x = np.ones((8, 4), "float32")
+    model.fit(x, x[:, :3], verbose=0, initial_epoch=checkpoint.restore(model), callbacks=[checkpoint])
+    assert ResumableCheckpoint("run", monitor="loss").restore(model) == 1
+
+
+# Damaged files ----
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "empty":
+        data = b""
+    elif how == "not HDF5":
+        data = b"These are not the weights you are looking for. " * 100
+    elif how[0] == "cut":
+        data = data[: int(len(data) * how[1])]
+    else:
+        data[int(len(data) * how[1])] ^= 0x10
+    path.write_bytes(data)
+
+
+DAMAGES = [
+    "empty",
+    "not HDF5",
+    *(("cut", s) for s in (0.0001, 0.01, 0.3, 0.5, 0.9, 0.999)),
+    *(("flip", s / 17) for s in range(17)),
+]
+
+
+def test_a_damaged_file_is_replaced_by_the_best_with_a_warning_and_kept():
+    interrupt("sgd", "good", 4)
+    expected = None
+    for how in DAMAGES:
+        shutil.rmtree("run", ignore_errors=True)
+        shutil.copytree("good", "run")
+        damage(Path("run", SAVED), how)
+        bad = Path("run", SAVED).read_bytes()
+        with pytest.warns(
+            UserWarning, match=r"saved_model.hdf5 cannot be used.*(?s:.*)what was trained after .* is lost"
+        ):
+            model, history, _ = train("sgd", "run")
+        (aside,) = Path("run").glob("saved_model.unusable-*.hdf5")
+        assert aside.read_bytes() == bad
+        assert history.epoch == list(range(EPOCHS))
+        expected = expected or history.history
+        assert history.history == expected, how
+
+
+def test_if_nothing_is_usable_it_is_an_error_and_nothing_is_overwritten():
+    interrupt("sgd", "run", 3)
+    for name in (SAVED, BEST):
+        damage(Path("run", name), ("flip", 0.5))
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    with pytest.raises(ValueError, match="(?s)There is no state.*saved_model.hdf5: its checksum.*best_model.hdf5: its"):
+        train("sgd", "run")
+    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_a_missing_saved_file_is_said():
+    interrupt("sgd", "run", 3)
+    Path("run", SAVED).unlink()
+    with pytest.warns(UserWarning, match="saved_model.hdf5 is missing. Continuing from"):
+        train("sgd", "run")
+
+
+def test_weights_that_keras_saved_itself_are_refused_and_kept():
+    Path("run").mkdir()
+    training.sequential().save("run/" + SAVED)
+    with pytest.raises(ValueError, match="checksum is missing or wrong"):
+        train("sgd", "run")
+
+
+# Mismatches ----
+
+
+def test_another_configuration_is_refused_with_every_difference():
+    interrupt("sgd", "run", 3)
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    with pytest.raises(ValueError, match=r"settings.batch: saved 16, now 32"):
+        train("sgd", "run", settings={"batch": 32})
+    with pytest.raises(ValueError, match=r"(?s)optimizer.*saved 'SGD', now 'Adam'.*"):
+        train("adam", "run")
+    with pytest.raises(ValueError, match=r"(?s)model\.class_name: saved 'Sequential', now 'Functional'"):
+        train("adamw", "run")
+    with pytest.raises(ValueError, match=r"monitor: saved 'val_loss \(min\)', now 'val_accuracy \(max\)'"):
+        train("sgd", "run", monitor="val_accuracy")
+    with pytest.raises(ValueError, match=r"callbacks"):
+        train("plateau", "run")
+    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+    train("sgd", "run")
+
+
+def test_one_changed_number_in_a_layer_or_a_schedule_is_named(monkeypatch):
+    interrupt("schedule", "run", 2)
+    monkeypatch.setattr(training, "EPOCHS", 9)
+    with pytest.raises(ValueError, match=r"optimizer.config.learning_rate.config.decay_steps: saved 36, now 54"):
+        train("schedule", "run")
+
+
+def test_generated_names_and_the_current_learning_rate_do_not_count():
+    interrupt("plateau", "run", 4)
+    x, y = images()
+    for _ in range(2):  # built again in the same kernel: other generated names
+        model, others = training.sequential(), training.plateau()
+        model.compile(training.ADAM(0.5), "categorical_crossentropy", metrics=["accuracy"])
+        checkpoint = ResumableCheckpoint("run", callbacks=others, settings={"batch": 16})
+        assert checkpoint.restore(model) == 4 and float(model.optimizer.learning_rate) <= 0.02
+
+
+# Failed saves ----
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """A function that mounts a small tmpfs; unmounted afterwards."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+    def call(options, flags=0):
+        return libc is not None and libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", flags, options) == 0
+
+    needs(call(b"size=400k"), "mounting a tmpfs")
+    call.folder = folder
+    yield call
+    libc.umount2(str(folder).encode(), 2)
+
+
+def test_a_full_disk_is_said_once_and_training_goes_on(mount, capsys):
+    filler = mount.folder / "filler"
+
+    class Fill(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 1:
+                with contextlib_suppress_oserror(), open(filler, "wb") as file:
+                    for _ in range(1000):
+                        file.write(bytes(1024))
+                        file.flush()
+            if epoch == 4:
+                filler.unlink()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train("sgd", mount.folder / "run", extra=[Fill()])
+    said = [str(w.message) for w in caught if "Could not save" in str(w.message)]
+    assert len(said) == 1 and "epoch 2" in said[0] and "No space left" in said[0]
+    assert "Saving works again: epoch 5" in capsys.readouterr().out
+    train("sgd", "whole")
+    assert same("whole", mount.folder / "run") == [True, True]
+
+
+def contextlib_suppress_oserror():
+    import contextlib
+
+    return contextlib.suppress(OSError)
+
+
+def test_a_read_only_mount_keeps_the_last_state_and_the_end_says_what_is_missing(mount):
+    readonly = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epoch == 2 and mount(b"size=400k", 33))
+    with pytest.warns(UserWarning, match="Training ended, but nothing after epoch 2 is saved: .*Read-only"):
+        train("sgd", mount.folder / "run", extra=[readonly])
+    checkpoint = ResumableCheckpoint(mount.folder / "run", settings={"batch": 16})
+    model = training.sequential()
+    model.compile(CONFIGS["sgd"][1](), "categorical_crossentropy", metrics=["accuracy"])
+    assert checkpoint.restore(model) == 2
+
+
+def test_a_folder_that_vanishes_and_returns():
+    away = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: (
+            os.rename("run", "gone") if epoch == 2 else os.rename("gone", "run") if epoch == 4 else None
+        )
+    )
+    with pytest.warns(UserWarning, match="Could not save epoch 3"):
+        train("sgd", "run", extra=[away])
+    train("sgd", "whole")
+    assert same("whole", "run") == [True, True]
+
+
+# NaN ----
+
+
+def test_nan_is_neither_best_nor_saved():
+    class Poison(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 3:
+                self.model.layers[-1].kernel.assign(self.model.layers[-1].kernel * np.nan)
+
+    with pytest.warns(
+        UserWarning, match="Epoch 4 is not saved, as its loss is nan.*after epoch 3.*meet the same again"
+    ):
+        _, _, checkpoint = train("sgd", "run", extra=[Poison()], first=True)
+    assert checkpoint.best_epoch < 3
+    for name in (SAVED, BEST):
+        assert all(np.isfinite(w).all() for w in keras.models.load_model(f"run/{name}").get_weights())
+    _, history, _ = train("sgd", "run")
+    train("sgd", "whole")
+    assert same("whole", "run") == [True, True]
+
+
+# Ctrl-C ----
+
+
+def test_ctrl_c_says_where_it_continues_and_is_raised(capsys):
+    press = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        train("sgd", "run", extra=[Stop(3, press)])
+    assert "Stopped. Run again to continue after epoch 3. [run]" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train("sgd", "run")
+    train("sgd", "whole")
+    assert same("whole", "run") == [True, True]
+    with pytest.raises(KeyboardInterrupt):  # after training: nothing is said
+        os.kill(os.getpid(), signal.SIGINT)
+    assert "Stopped" not in capsys.readouterr().out
+
+
+def test_training_outside_the_main_thread():
+    result = []
+    thread = threading.Thread(target=lambda: result.append(train("sgd", "run", epochs=1)))
+    thread.start(), thread.join()
+    assert len(result) == 1
+
+
+# Hostile files ----
+
+
+def forge(change):
+    """A checkpoint with a right checksum in which `change(file)` has put something hostile."""
+    path = Path("run", SAVED)
+    data = path.read_bytes()
+    mark = visual_callbacks._MARK
+    path.write_bytes(data.replace(mark, b"x" * len(mark)))
+    with h5py.File(path, "r+") as file:
+        change(file)
+        del file["resumable_checkpoint/sha256"]
+        file["resumable_checkpoint/sha256"] = np.frombuffer(mark + b"0" * 64, np.uint8)
+    data = path.read_bytes()
+    at = data.index(mark) + len(mark)
+    import hashlib
+
+    path.write_bytes(data[:at] + hashlib.sha256(data).hexdigest().encode() + data[at + 64 :])
+
+
+def external_link(file):
+    file["model_weights/other"] = h5py.ExternalLink("secret.hdf5", "/secret")
+
+
+def soft_link(file):
+    file["model_weights/other"] = h5py.SoftLink("/resumable_checkpoint")
+
+
+def virtual_dataset(file):
+    layout = h5py.VirtualLayout(shape=(3,), dtype="f4")
+    layout[:] = h5py.VirtualSource("secret.hdf5", "secret", shape=(3,))
+    file.create_virtual_dataset("resumable_checkpoint/arrays/extra", layout)
+
+
+def external_storage(file):
+    file.create_dataset("resumable_checkpoint/arrays/extra", (3,), "f4", external=[("secret.bin", 0, 12)])
+
+
+def absurd_shape(file):
+    file.create_dataset("resumable_checkpoint/arrays/extra", (2**40,), "f4", chunks=(1024,))
+
+
+def endless_groups(file):
+    file["model_weights/again"] = file["model_weights"]
+
+
+def broken_state(file):
+    del file["resumable_checkpoint/state"]
+    file["resumable_checkpoint/state"] = np.frombuffer(b'{"format": 1}', np.uint8)
+
+
+HOSTILE = [external_link, soft_link, virtual_dataset, external_storage, absurd_shape, endless_groups, broken_state]
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_a_hostile_file_opens_no_other_file_and_takes_no_memory(change, monkeypatch):
+    with h5py.File("secret.hdf5", "w") as file:
+        file["secret"] = np.ones(3, "f4")
+    Path("secret.bin").write_bytes(bytes(12))
+    interrupt("sgd", "run", 3)
+    Path("run", BEST).unlink()
+    forge(change)
+    loads = []
+    monkeypatch.setattr(keras.Model, "load_weights", lambda *_, **__: loads.append(1))
+    with pytest.raises(ValueError, match="There is no state to continue from"):
+        train("sgd", "run")
+    assert not loads
+
+
+def test_a_forged_checksum_alone_is_accepted_so_that_the_tests_above_test_something():
+    interrupt("sgd", "run", 3)
+    forge(lambda file: None)
+    train("sgd", "run")
+
+
+def test_a_lambda_layer_in_the_file_runs_no_code():
+    interrupt("sgd", "run", 3)
+
+    def change(file):
+        config = json.loads(file.attrs["model_config"])
+        evil = {
+            "class_name": "Lambda",
+            "config": {"name": "evil", "function": ["4wAAAA==", None, None], "function_type": "lambda"},
+        }
+        config["config"]["layers"].append(evil)
+        file.attrs["model_config"] = json.dumps(config)
+
+    forge(change)
+    train("sgd", "run")  # the file's config is never turned into a model
+
+
+def test_a_huge_file_is_not_read():
+    interrupt("sgd", "run", 3)
+    Path("run", BEST).unlink()
+    with open(Path("run", SAVED), "r+b") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match="it has 1,099,511,627,776 bytes"):
+        train("sgd", "run")
