@@ -8,8 +8,8 @@ Copy this one file beside any Keras 3 notebook or script (TensorFlow, JAX or PyT
               callbacks=[AccLossPlotter(), ConfusionMatrixPlotter(x_val, y_val, classes), checkpoint])
 
 In a Jupyter or Colab kernel each plotter owns one picture, replaced in place; in a script the pictures are files.
-Names, argument order and defaults of the plotters are those of chasingbob/keras-visuals. Recording apart from drawing is
-an idea of livelossplot, a backup that `fit` continues from one of Keras's BackupAndRestore.
+In a Jupyter or Colab kernel each plotter owns one picture, replaced in place; in a script they are files. The
+plotters keep the names, argument order and defaults of chasingbob/keras-visuals. Recording apart from drawing is
 """
 
 import contextlib
