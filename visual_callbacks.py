@@ -8,8 +8,8 @@ Copy this one file beside any Keras 3 notebook or script (TensorFlow, JAX or PyT
               callbacks=[AccLossPlotter(), ConfusionMatrixPlotter(x_val, y_val, classes), checkpoint])
 
 In a Jupyter or Colab kernel each plotter owns one picture, replaced in place; in a script the pictures are files.
-In a Jupyter or Colab kernel each plotter owns one picture, replaced in place; in a script they are files. The
-plotters keep the names, argument order and defaults of chasingbob/keras-visuals. Recording apart from drawing is
+Names, argument order and defaults of the plotters are those of chasingbob/keras-visuals; recording apart from drawing
+is an idea of livelossplot, a backup that `fit` continues from one of Keras's BackupAndRestore.
 """
 
 import contextlib
@@ -220,9 +220,8 @@ class _MatrixPicture:
         ax.set_xticklabels(self.classes, rotation=90, fontsize=font)
         # Numbers only while four digits fit into a cell.
         cells = np.ndindex(count, count) if count <= 20 else ()
-        self.texts = {
-            (i, j): ax.text(j, i, "", ha="center", va="center", fontsize=min(10, 170 / count)) for i, j in cells
-        }
+        style = {"ha": "center", "va": "center", "fontsize": min(10, 170 / count)}
+        self.texts = {(i, j): ax.text(j, i, "", **style) for i, j in cells}
 
     def draw(self, matrix, title):
         matrix, count = np.asarray(matrix, float), len(self.classes)
@@ -251,7 +250,10 @@ class _Screen:
         # Light compression: most of a redraw's time would otherwise go into making the file a little smaller.
         figure.canvas.print_png(buffer, pil_kwargs={"compress_level": 1})
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-        if hasattr(shell, "kernel"):  # Jupyter, Colab or a notebook runner, as opposed to a script or a terminal
+        in_kernel = hasattr(
+            shell, "kernel"
+        )  # Jupyter, Colab or a notebook runner, as opposed to a script or a terminal
+        if in_kernel:
             from IPython.display import Image, display
 
             width, height = figure.canvas.get_width_height()
@@ -260,7 +262,7 @@ class _Screen:
                 self.handle.update(image)
             else:
                 self.handle, self.cell = display(image, display_id=True), shell.execution_count
-        if self.save or not hasattr(shell, "kernel"):
+        if self.save or not in_kernel:
             with contextlib.suppress(OSError):  # a full disk costs a picture, never the training
                 partial = self.path.with_name(f"{self.path.stem}.tmp.png")
                 partial.write_bytes(buffer.getvalue())
@@ -306,6 +308,7 @@ class AccLossPlotter(_Recorder):
         if not self._seconds:
             self._resumed_at = epoch or None
         self._epoch, self._epoch_began = epoch, time.monotonic()
+        self._position = f"{epoch + 1}/{self.params['epochs']}"
 
     def on_train_batch_end(self, batch, logs=None):
         now, steps = time.monotonic(), self.params.get("steps")
@@ -315,24 +318,21 @@ class AccLossPlotter(_Recorder):
         # While no epoch has finished since the start, or since the resume, the pace of this one has to do.
         pace = np.median(self._seconds[-5:]) if self._seconds else (now - self._epoch_began) / done
         left = _duration(pace * (self.params["epochs"] - self._epoch - done))
-        self._draw(f"{done:.0%} of epoch {self._position()}, {left} left", (self._epoch + done, logs or {}))
+        self._draw(f"{done:.0%} of epoch {self._position}, {left} left", (self._epoch + done, logs or {}))
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
         self._seconds.append(time.monotonic() - self._epoch_began)
         left = _duration(np.median(self._seconds[-5:]) * (self.params["epochs"] - epoch - 1))
-        self._draw(f"epoch {self._position()}, {left} left")
+        self._draw(f"epoch {self._position}, {left} left")
         if self.verbose:
             values = "  ".join(f"{name} {_number(value):.4f}" for name, value in (logs or {}).items())
-            print(f"epoch {self._position()}  {values}  {_duration(self._seconds[-1])}, {left} left", flush=True)
+            print(f"epoch {self._position}  {values}  {_duration(self._seconds[-1])}, {left} left", flush=True)
 
     def on_train_end(self, logs=None):
         records, seconds = _records(self.model), time.monotonic() - self._began
         took = f" in {_duration(seconds)}" if self._seconds and not self._resumed_at else ""
         self._draw(f"{records[-1]['epoch'] + 1} epochs{took}" if records else "nothing was trained")
-
-    def _position(self):
-        return f"{self._epoch + 1}/{self.params['epochs']}"
 
     def _draw(self, progress, running=(0, {})):
         parts = [self.title, progress] if self.title else [progress]
@@ -371,14 +371,8 @@ class ConfusionMatrixPlotter(_Recorder):
         super().__init__()
         self._picture, self._screen = _MatrixPicture(classes, normalize, cmap), _Screen(path, save_graph)
         labels, count = np.asarray(Y_val), len(classes)
-        if labels.ndim == 2:
-            labels = (
-                labels.argmax(axis=1)
-                if labels.shape[1] == count
-                else labels.squeeze(axis=-1)
-                if labels.shape[1] == 1
-                else labels
-            )
+        if labels.ndim == 2 and labels.shape[1] in (1, count):
+            labels = labels.argmax(axis=1) if labels.shape[1] == count else labels[:, 0]
         if labels.ndim != 1 or len(labels) != len(X_val):
             shapes = f"({len(X_val)},) or one-hot of shape ({len(X_val)}, {count})"
             raise ValueError(f"Y_val: expected labels of shape {shapes}, as X_val has it, got shape {np.shape(Y_val)}")
@@ -411,15 +405,11 @@ class ConfusionMatrixPlotter(_Recorder):
     def confusion_matrix(self):
         """Counts of shape (classes, classes), true class by row, of the model as it is now."""
         count = len(self._picture.classes)
-        for metric in self.model.metrics:
-            for held in (getattr(m, "total_cm", None) for m in [metric, *getattr(metric, "metrics", [])]):
-                matrix = np.zeros(0) if held is None else np.asarray(keras.ops.convert_to_numpy(held))
-                # Only if it is of these very images, as the counts of their labels tell.
-                if (
-                    matrix.shape == (count, count)
-                    and (matrix.sum(1) == np.bincount(self.labels, minlength=count)).all()
-                ):
-                    return matrix
+        images = np.bincount(self.labels, minlength=count)
+        metrics = [m for metric in self.model.metrics for m in [metric, *getattr(metric, "metrics", [])]]
+        for held in _values(m.total_cm for m in metrics if hasattr(m, "total_cm")):
+            if held.shape == (count, count) and (held.sum(axis=1) == images).all():  # it is of these very images
+                return held
         scores = np.asarray(self.model.predict(self.X_val, batch_size=500, verbose=0)).reshape(len(self.labels), -1)
         if scores.shape[1] not in (count, 1 if count == 2 else count):
             raise ValueError(f"classes: {count} names, but the model has {scores.shape[1]} outputs")
@@ -499,9 +489,11 @@ class ResumableCheckpoint(_Recorder):
         for path in filter(Path.exists, (self.saved_path, self.best_path)):
             try:
                 state, arrays = _read(path, model)
-                differences = _differences(state["fingerprint"], self._fingerprint(model))
-                if differences:
-                    raise _Unusable("\n  ".join(["it belongs to another training:", *differences]))
+                saved, now = state["fingerprint"], self._fingerprint(model)
+                differing = [name for name in {**saved, **now} if saved.get(name, "none") != now.get(name, "none")]
+                if differing:
+                    lines = [f"  {n}: saved {saved.get(n, 'none')!r}, now {now.get(n, 'none')!r}" for n in differing]
+                    raise _Unusable("\n".join(["it belongs to another training:", *lines]))
                 _load(path, model, arrays)
             except _Unusable as problem:
                 problems[path] = problem
@@ -528,22 +520,21 @@ class ResumableCheckpoint(_Recorder):
             lost = f"Continuing from {path}, epoch {state['epoch'] + 1}; what was trained after that epoch is lost."
             warnings.warn(f"{why} {lost}", stacklevel=3)
         if self.verbose:
-            best = (
-                f", best {self.monitor} {self.best:.4f} in epoch {self.best_epoch + 1}" if self.best is not None else ""
-            )
             done = "This training is complete" if state["finished"] else "Continuing"
+            best = "" if self.best is None else f", best {self.monitor} {self.best:.4f} in epoch {self.best_epoch + 1}"
             print(f"{done} after epoch {state['epoch'] + 1}{best} [{self.directory}]", flush=True)
 
     def _fingerprint(self, model):
-        """All that must be the same for a resumed training to equal an uninterrupted one, as plain data."""
+        """All that must be the same for a resumed training to equal an uninterrupted one, each value by its path."""
         names = {layer.name: f"layer {i}" for i, layer in enumerate(_all_layers(model))}
         # Layers are called by their position, as a model built again in the same kernel has other generated names.
         architecture = re.sub(r'"([^"\\]*)"', lambda m: json.dumps(names.get(m[1], m[1])), model.to_json())
         loss = model.loss if isinstance(model.loss, str) else keras.saving.serialize_keras_object(model.loss)
-        kinds = {"optimizer": keras.saving.serialize_keras_object(model.optimizer), "loss": loss}
-        kinds |= {"model": json.loads(architecture), "callbacks": [type(c).__name__ for c in self.callbacks]}
-        monitor = f"{self.monitor} ({'max' if self._maximise else 'min'})"
-        return _plain({**_without_generated(kinds), "monitor": monitor, "settings": self.settings})
+        kinds = {"model": json.loads(architecture), "loss": loss, "settings": self.settings}
+        kinds["optimizer"] = keras.saving.serialize_keras_object(model.optimizer)
+        kinds["callbacks"] = [type(callback).__name__ for callback in self.callbacks]
+        kinds["monitor"] = f"{self.monitor} ({'max' if self._maximise else 'min'})"
+        return _flat(_plain(kinds))
 
     def on_train_begin(self, logs=None):
         if self._restored and self._restored[0]() is not self.model:
@@ -566,7 +557,7 @@ class ResumableCheckpoint(_Recorder):
         # Before the first epoch of this `fit`: by now every other callback has reset itself.
         if epoch != self._next_epoch and (self.saved_path.exists() or self.best_path.exists()):
             remedy = (
-                "To continue it, use fit(..., initial_epoch=checkpoint.restore(model)); otherwise, another directory."
+                "To continue it, use fit(..., initial_epoch=checkpoint.restore(model)); to start anew, another folder."
             )
             raise ValueError(f"fit began at epoch {epoch}, but {self.directory} holds a training unlike that. {remedy}")
         self._began, self._next_epoch = True, epoch
@@ -583,9 +574,13 @@ class ResumableCheckpoint(_Recorder):
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
-        if self.monitor not in (logs or {}):
-            raise ValueError(f"monitor: {self.monitor!r} was not logged, only {', '.join(logs or {}) or 'nothing'}")
-        self._pending, value = epoch, _number(logs[self.monitor])
+        names, self._pending = list(logs or {}), epoch
+        # An epoch without validation may lack it; one that validated may not.
+        if self.monitor not in names and (
+            not self.monitor.startswith("val_") or any(n.startswith("val_") for n in names)
+        ):
+            raise ValueError(f"monitor: {self.monitor!r} was not logged, only {', '.join(names)}")
+        value = _number((logs or {}).get(self.monitor))
         if math.isfinite(value) and (self.best is None or (value > self.best if self._maximise else value < self.best)):
             self.best, self.best_epoch = value, epoch
             # Taken now: at the very end, averaged weights (EMA) or EarlyStopping's best ones replace these.
@@ -600,6 +595,8 @@ class ResumableCheckpoint(_Recorder):
             if getattr(callback, "restore_best_weights", False) and callback.best_weights is not None:
                 self.model.set_weights(callback.best_weights)
         self._save(finished=self.params["epochs"])
+        if self.best is None:
+            warnings.warn(f"{self.monitor} was never logged as a finite number, so there is no {self.best_path}")
         if self._failure:
             warnings.warn(f"Training ended, but nothing after epoch {self._next_epoch} is saved: {self._failure}")
 
@@ -652,18 +649,17 @@ class ResumableCheckpoint(_Recorder):
         """Says at Ctrl-C (or Jupyter's Stop) where training will continue: Keras calls no callback then."""
         if threading.current_thread() is not threading.main_thread():
             return
-        previous, reference = signal.getsignal(signal.SIGINT), weakref.ref(self)
+        previous = signal.getsignal(signal.SIGINT)
         previous = getattr(previous, "previous", previous)
 
         def handler(number, frame):
             signal.signal(signal.SIGINT, previous)
-            checkpoint, caller = reference(), frame
             # Only where a fit of our model is going on: an error may have ended it without our knowing.
-            while caller and checkpoint and caller.f_locals.get("self") is not checkpoint.model:
-                caller = caller.f_back
-            if caller and checkpoint:
-                where = f"Run again to continue after epoch {checkpoint._next_epoch}. [{checkpoint.directory}]"
-                print(f"\nStopped. {where if checkpoint._next_epoch else 'No epoch was finished yet.'}", flush=True)
+            while frame and frame.f_locals.get("self") is not self.model:
+                frame = frame.f_back
+            if frame:
+                where = f"Run again to continue after epoch {self._next_epoch}. [{self.directory}]"
+                print(f"\nStopped. {where if self._next_epoch else 'No epoch was finished yet.'}", flush=True)
             (previous if callable(previous) else signal.default_int_handler)(number, frame)
 
         handler.previous = previous
@@ -694,22 +690,13 @@ def _all_layers(model):
         yield from _all_layers(layer) if hasattr(layer, "layers") else ()
 
 
-def _without_generated(config):
-    if isinstance(config, dict):
-        rate = {"learning_rate"} if isinstance(config.get("learning_rate"), (int, float)) else set()  # the current one
-        return {key: _without_generated(value) for key, value in config.items() if key not in _GENERATED | rate}
-    return [_without_generated(value) for value in config] if isinstance(config, (list, tuple)) else config
-
-
-def _differences(saved, now, path=""):
-    """Lines that name each value in which two plain data differ."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        pairs = [(f"{path}.{k}".lstrip("."), saved.get(k, "(none)"), now.get(k, "(none)")) for k in {**saved, **now}]
-    elif isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
-        pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(saved, now))]
-    else:
-        return [] if saved == now else [f"{path}: saved {saved!r:.90}, now {now!r:.90}"]
-    return [line for name, a, b in pairs for line in _differences(a, b, name)]
+def _flat(value, path=""):
+    """Plain data as `{path: value}`, without what is generated and the current learning rate."""
+    if not value or not isinstance(value, (dict, list)):
+        return {} if path.endswith(".learning_rate") and isinstance(value, (int, float)) else {path: value}
+    items = value.items() if isinstance(value, dict) else ((f"[{i}]", item) for i, item in enumerate(value))
+    parts = (_flat(item, f"{path}.{key}".strip(".").replace(".[", "[")) for key, item in items if key not in _GENERATED)
+    return {name: item for part in parts for name, item in part.items()}
 
 
 def _values(variables):
@@ -727,10 +714,10 @@ def _not_finite(model):
     loss = _number(_records(model)[-1]["logs"].get("loss", 0.0))
     if not math.isfinite(loss):
         return f"its loss is {loss}"
-    named = zip((variable.path for variable in model.weights), _values(model.weights))
-    return next(
-        (f"{path} is not finite" for path, v in named if v.dtype.kind == "f" and not np.isfinite(v).all()), None
-    )
+    for variable, values in zip(model.weights, _values(model.weights)):
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            return f"{variable.path} is not finite"
+    return None
 
 
 def _random_state():
@@ -840,10 +827,9 @@ def _read(path, model):
     digest = hashlib.sha256(data[:at] + b"0" * 64 + data[at + 64 :]).hexdigest().encode()
     if at < len(_MARK) or data[at : at + 64] != digest:
         raise _Unusable("its checksum is missing or wrong: it is cut short, damaged, or not written by this callback")
-    arrays = {}
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
-            _refuse_foreign(file, len(data), arrays)
+            arrays = _walk(file, len(data))
         state = json.loads(arrays.pop("state").tobytes())
         if state["format"] != 1 or not _STATE <= state.keys():
             raise _Unusable(f"its format ({state['format']}) is unknown to this version of visual_callbacks.py")
@@ -852,24 +838,22 @@ def _read(path, model):
     return state, {name.removeprefix("arrays/"): values for name, values in arrays.items()}
 
 
-def _refuse_foreign(group, size, arrays, seen=()):
-    """Walks an HDF5 file without following it elsewhere, and collects the arrays of our group by name."""
-    for name, link in ((name, group.get(name, getlink=True)) for name in group):
-        where = f"{group.name}/{name}".lstrip("/")
-        if not isinstance(link, h5py.HardLink):
-            raise _Unusable(f"{where} is a link to elsewhere ({type(link).__name__}), which is not followed")
-        item = group[name]
-        if isinstance(item, h5py.Group):
-            address = h5py.h5o.get_info(item.id).addr
-            if address in seen:
-                raise _Unusable(f"{where} contains itself")
-            _refuse_foreign(item, size, arrays, (*seen, address))
-        elif not isinstance(item, h5py.Dataset) or item.is_virtual or item.external:
-            raise _Unusable(f"{where} takes its data from elsewhere, which is not read")
-        elif item.dtype.hasobject or item.nbytes > size:
-            raise _Unusable(f"{where} claims shape {item.shape} of {item.dtype}, more than the file holds")
-        elif where.startswith(f"{_GROUP}/"):
-            arrays[where.removeprefix(f"{_GROUP}/")] = item[()]
+def _walk(file, size):
+    """The arrays of our group by name, after a walk over the whole HDF5 file that follows nothing to elsewhere."""
+    arrays = {}
+
+    def look(name, link):
+        item = file[name] if isinstance(link, h5py.HardLink) else None
+        if isinstance(item, h5py.Dataset) and not item.is_virtual and not item.external:
+            if item.dtype.hasobject or item.nbytes > size:
+                raise _Unusable(f"{name} claims shape {item.shape} of {item.dtype}, more than the file holds")
+            if name.startswith(f"{_GROUP}/"):
+                arrays[name.removeprefix(f"{_GROUP}/")] = item[()]
+        elif not isinstance(item, h5py.Group):
+            raise _Unusable(f"{name} takes its data from elsewhere, which is not read")
+
+    file.visititems_links(look)
+    return arrays
 
 
 def _load(path, model, arrays):

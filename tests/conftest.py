@@ -50,3 +50,9 @@ def build():
 def own_folder(tmp_path, monkeypatch):
     """Each test works in an empty folder of its own."""
     monkeypatch.chdir(tmp_path)
+
+
+def pytest_collection_modifyitems(items):
+    """The fast tests first."""
+    order = ["test_plotters", "test_checkpoint", "test_kernel", "test_notebook", "test_browser", "test_kill"]
+    items.sort(key=lambda item: order.index(item.module.__name__))

@@ -1,0 +1,174 @@
+"""The live view in a real browser: Chromium, driven by Playwright, against real JupyterLab and Notebook servers.
+
+Screenshots are kept in tests/artefacts.
+"""
+
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+
+import nbformat
+import pytest
+from conftest import ROOT, needs
+
+pytestmark = pytest.mark.browser
+ARTEFACTS = ROOT / "tests" / "artefacts"
+EPOCHS = 6
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
+SETUP = """
+import keras, numpy as np, time
+from visual_callbacks import AccLossPlotter, ConfusionMatrixPlotter
+keras.utils.set_random_seed(0)
+labels = np.arange(90) % 3
+x, y = np.random.normal(size=(90, 8)) + 2 * np.eye(3, 8)[labels], np.eye(3)[labels]
+model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3, activation="softmax")])
+model.compile(keras.optimizers.Adam(0.03), "categorical_crossentropy", metrics=["accuracy"])
+def mine(epoch, logs):
+    print("my own line", epoch + 1)
+    time.sleep(0.6)
+"""
+TRAIN = f"""
+print("before training")
+callbacks = [AccLossPlotter(verbose=0), ConfusionMatrixPlotter(x, y, ["ant", "bee", "cow"])]
+callbacks.append(keras.callbacks.LambdaCallback(on_epoch_end=mine))
+model.fit(x, y, epochs={EPOCHS}, validation_data=(x, y), verbose=0, callbacks=callbacks)
+print("after training")
+"""
+# Notes each state of the pictures, at every change of the page: how many there are, how high, and which.
+WATCH = """() => {
+  const outputs = () => [...document.querySelectorAll('.jp-Notebook .jp-OutputArea-output img')];
+  window.seen = [];
+  const note = () => {
+    const images = outputs();
+    const look = i => [Math.round(i.getBoundingClientRect().height), i.src.length + ':' + i.src.slice(-400)];
+    const state = images.map(look);
+    const last = window.seen[window.seen.length - 1];
+    if (!last || JSON.stringify(last) !== JSON.stringify(state)) window.seen.push(state);
+  };
+  new MutationObserver(note).observe(document.body, {childList: true, subtree: true, attributes: true});
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    needs(CHROMIUM, "Chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(params=["lab", "notebook"])
+def page(request, browser, tmp_path):
+    """A page with the notebook opened in JupyterLab or in Notebook 7, its kernel ready."""
+    shutil.copy(ROOT / "visual_callbacks.py", tmp_path)
+    cells = [nbformat.v4.new_code_cell(SETUP.strip()), nbformat.v4.new_code_cell(TRAIN.strip())]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "live.ipynb")
+    port = {"lab": 18888, "notebook": 18889}[request.param]
+    app = {"lab": "LabApp", "notebook": "JupyterNotebookApp"}[request.param]
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "jupyter",
+            request.param,
+            "--no-browser",
+            "--allow-root",
+            f"--port={port}",
+            "--ip=127.0.0.1",
+        ]
+        + ["--IdentityProvider.token=", "--ServerApp.port_retries=0", f"--{app}.expose_app_in_browser=True"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}/"
+        for _ in range(120):
+            try:
+                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + "api/status", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        view = browser.new_page(viewport={"width": 1200, "height": 1500})
+        view.name = request.param
+        view.goto(url + {"lab": "lab/tree/live.ipynb", "notebook": "notebooks/live.ipynb"}[request.param])
+        view.wait_for_function("window.jupyterapp && document.querySelector('.jp-Notebook')", timeout=120_000)
+        view.wait_for_function(READY, timeout=120_000)
+        yield view
+        view.close()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+READY = "document.querySelector('.jp-Notebook-ExecutionIndicator[data-status=idle]') !== null"
+
+
+def command(page, name):
+    page.evaluate("name => { window.jupyterapp.commands.execute(name); }", name)
+
+
+def text(page):
+    return page.evaluate("[...document.querySelectorAll('.jp-OutputArea-output')].map(e => e.innerText).join('\\n')")
+
+
+def wait_for_the_end(page):
+    page.wait_for_function(
+        "[...document.querySelectorAll('.jp-OutputArea-output')].some(e => e.innerText.includes('after training'))",
+        timeout=180_000,
+    )
+    time.sleep(1)  # the last update of a picture travels apart from the text
+    return page.evaluate("window.seen")
+
+
+def check(states):
+    """One picture a plotter from the moment both are there, never none, never moving what is below them."""
+    both = next(i for i, state in enumerate(states) if len(state) == 2)
+    assert {len(state) for state in states[both:]} == {2}
+    for plotter in (0, 1):
+        heights = {state[plotter][0] for state in states[both:]} - {0}
+        assert len(heights) == 1, heights
+        pictures = {state[plotter][1] for state in states[both:]}
+        assert len(pictures) >= EPOCHS, len(pictures)  # the pixels change with every epoch
+
+
+def test_the_live_view(page):
+    page.evaluate(WATCH)
+    command(page, "notebook:run-all-cells")
+    states = wait_for_the_end(page)
+    page.screenshot(path=_artefact(f"{page.name}_trained.png"))
+    check(states)
+    expected = ["before training", *(f"my own line {epoch + 1}" for epoch in range(EPOCHS)), "after training"]
+    assert [line for line in text(page).splitlines() if line.strip()][-len(expected) :] == expected
+
+    command(page, "notebook:restart-run-all")
+    page.wait_for_selector(".jp-Dialog .jp-mod-accept").click()
+    page.wait_for_function(
+        "![...document.querySelectorAll('.jp-OutputArea-output')].some(e => e.innerText.includes('after'))"
+    )
+    page.evaluate("window.seen.length = 0")
+    check(wait_for_the_end(page))
+
+    last = page.evaluate("window.seen[window.seen.length - 1].map(state => state[1])")
+    command(page, "docmanager:save")
+    time.sleep(2)
+    page.reload()
+    page.wait_for_function("document.querySelectorAll('.jp-OutputArea-output img').length >= 2", timeout=60_000)
+    page.evaluate(WATCH)
+    page.evaluate("document.body.setAttribute('data-look', '1')")
+    page.wait_for_function("window.seen.length > 0")
+    page.screenshot(path=_artefact(f"{page.name}_reloaded.png"))
+    assert [state[1] for state in page.evaluate("window.seen[0]")] == last
+    assert "my own line 1" in text(page)
+
+
+def _artefact(name):
+    ARTEFACTS.mkdir(exist_ok=True)
+    return str(ARTEFACTS / name)
