@@ -108,7 +108,7 @@ def page(request, browser, tmp_path):
         server.wait()
 
 
-READY = "document.querySelector('.jp-Notebook-ExecutionIndicator[data-status=idle]') !== null"
+READY = "window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 
 
 def command(page, name):
