@@ -2,14 +2,14 @@
 
 Copy this one file beside any Keras 3 notebook or script (TensorFlow, JAX or PyTorch backend)::
 
-    checkpoint = ResumableCheckpoint("runs/first", settings={"batch_size": 250})
-    model.fit(x_train, y_train, batch_size=250, epochs=30, verbose=0, shuffle=False,
-              validation_data=(x_val, y_val), initial_epoch=checkpoint.restore(model),
-              callbacks=[AccLossPlotter(), ConfusionMatrixPlotter(x_val, y_val, classes), checkpoint])
+    checkpoint = ResumableCheckpoint("runs/first", callbacks=[early_stopping], settings={"batch_size": 250})
+    model.fit(x_train, y_train, batch_size=250, epochs=30, verbose=0, shuffle=False, validation_data=(x_val, y_val),
+              callbacks=[early_stopping, AccLossPlotter(), ConfusionMatrixPlotter(x_val, y_val, classes), checkpoint],
+              initial_epoch=checkpoint.restore(model))
 
-In a Jupyter or Colab kernel each plotter owns one picture, replaced in place; in a script the pictures are files.
-Names, argument order and defaults of the plotters are those of chasingbob/keras-visuals; recording apart from drawing
-is an idea of livelossplot, a backup that `fit` continues from one of Keras's BackupAndRestore.
+Everything here raises a ValueError or a TypeError that names the argument, as soon as it is given a wrong one. Names,
+argument order and defaults of the plotters are those of chasingbob/keras-visuals; recording apart from drawing is an
+idea of livelossplot, a backup that `fit` continues from one of Keras's BackupAndRestore.
 """
 
 import contextlib
@@ -17,14 +17,12 @@ import hashlib
 import io
 import json
 import logging
-import math
 import os
 import random
 import re
 import signal
 import sys
 import tempfile
-import threading
 import time
 import warnings
 import weakref
@@ -38,138 +36,97 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+if keras.backend.backend() == "torch":
+    import torch
+
 __all__ = ["AccLossPlotter", "ConfusionMatrixPlotter", "ResumableCheckpoint", "plot_confusion_matrix", "plot_history"]
 
 TRAINING, VALIDATION, MUTED = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito's colours, safe for colour-blind readers
-_RECORDS = weakref.WeakKeyDictionary()
-
-
-def _records(model):
-    """The epochs `model` was trained for: a list of `{"epoch": 0-based, "logs": dict}`, shared by our callbacks.
-
-    This is how a plotter knows of the epochs that `restore` brought back, without being told about the checkpoint.
-    """
-    return _RECORDS.setdefault(model, [])
-
-
-class _Recorder(keras.callbacks.Callback):
-    """Keeps the records of the model being trained, however many callbacks of this module share them."""
-
-    def on_epoch_begin(self, epoch, logs=None):
-        records = _records(self.model)
-        records[:] = [record for record in records if record["epoch"] < epoch]
-
-    def on_epoch_end(self, epoch, logs=None):
-        records = _records(self.model)
-        if not records or records[-1]["epoch"] != epoch:
-            # The dict itself, not a copy: callbacks later in the list add to it (the learning rate, say).
-            records.append({"epoch": epoch, "logs": {} if logs is None else logs})
+# Metrics of which more is better, by a part of their names.
+_HIGHER_IS_BETTER = re.compile("acc|auc|precision|recall|f1|fbeta|iou|r2|similarity|true_")
+_GROUP = "resumable_checkpoint"
+_MARK = b"SHA-256 of this file, with zeros for the 64 digits that follow: "
+# What Keras's callbacks count and compare from epoch to epoch. `min_delta` is left alone: Keras changes its sign later.
+_COUNTERS = ("best", "wait", "cooldown_counter", "best_epoch", "stopped_epoch", "best_weights")
+_STATE = {"epoch", "next_epoch", "finished", "counters", "best", "best_epoch", "records", "random", "fingerprint"}
+# A config without generated names, seeds (their states are restored) and what is no part of a training.
+_GENERATED = {"name", "seed", "shared_object_id", "build_config", "compile_config", "keras_version", "backend"}
 
 
 def _number(value):
-    return float(np.mean(value)) if value is not None and np.size(value) else math.nan
+    return float(np.mean(value)) if value is not None and np.size(value) else np.nan
 
 
-def _higher_is_better(name):
-    words = ("acc", "auc", "precision", "recall", "f1", "fbeta", "iou", "r2", "similarity", "true_")
-    return any(word in name for word in words)
+class _Recorder(keras.callbacks.Callback):
+    """Keeps the epochs of each model for all our callbacks: so plotters know those that `restore` brought back."""
 
+    _of_models = weakref.WeakKeyDictionary()
 
-def _columns(records):
-    """Records as `{"epoch": [...], name: [...]}`, with NaN where an epoch did not log a name."""
-    names = {name: None for record in records for name in record["logs"]}
-    columns = {name: [_number(record["logs"].get(name)) for record in records] for name in names}
-    return {**columns, "epoch": [record["epoch"] for record in records]}
+    @property
+    def _records(self):  # a list of {"epoch": from 0, "logs": dict}
+        return self._of_models.setdefault(self.model, [])
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._records[:] = [record for record in self._records if record["epoch"] < epoch]
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not self._records or self._records[-1]["epoch"] != epoch:
+            # The dict itself, not a copy: callbacks later in the list add to it (the learning rate, say).
+            self._records.append({"epoch": epoch, "logs": {} if logs is None else logs})
 
 
 def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title=""):
     """Draws one panel a graph: the training curve, the validation curve, the best epoch. Returns a Matplotlib Figure.
 
     Args:
-        history: what `fit` returned, or a dict of lists by metric name, with the epochs (from 0) under `"epoch"` unless
-            they begin with the first. NaN is a gap.
+        history: what `fit` returned, or a dict of lists by metric name; `"epoch"` may list the epochs, from 0.
         graphs: metric names; `"acc"` finds whatever accuracy was logged.
         resumed_at: epoch (from 0) at which a resumed training began; a vertical line marks it.
         title: text above the panels.
-
-    Raises:
-        TypeError, ValueError: an argument is wrong; the message names it.
     """
     if isinstance(history, keras.callbacks.History):
         history = {**history.history, "epoch": history.epoch}
     if not isinstance(history, dict):
         raise TypeError(f"history: expected a keras History or a dict of lists, got {type(history).__name__}")
-    picture = _HistoryPicture(graphs)
-    picture.draw(history, resumed_at, title)
-    return picture.figure
-
-
-class _HistoryPicture:
-    """The figure of `plot_history`. Its artists are made once and then moved, which is cheaper than plotting anew."""
-
-    def __init__(self, graphs):
-        if isinstance(graphs, str) or not graphs or not all(isinstance(name, str) and name for name in graphs):
-            raise ValueError(f'graphs: expected a list of metric names such as ["acc", "loss"], got {graphs!r}')
-        width, self.panels = 4.8 * len(graphs), []
-        self.figure = Figure(figsize=(width, 4), dpi=100)
-        FigureCanvasAgg(self.figure)
-        self.title = self.figure.text(0.5, 0.97, "", ha="center", va="top")
-        for index, graph in enumerate(graphs):
-            ax = self.figure.add_axes(((4.8 * index + 0.75) / width, 0.13, 3.9 / width, 0.62))
-            ax.grid(alpha=0.3)
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-            ax.set_xlabel("epoch")
-            (training,) = ax.plot([], [], color=TRAINING, label="training", ms=3)
-            (validation,) = ax.plot([], [], color=VALIDATION, label="validation", ms=3, ls="--")
-            (best,) = ax.plot([], [], "o", color="black", ms=8, mfc="none", mew=1.8, zorder=3)
-            seam = ax.axvline(np.nan, color=MUTED, lw=1.2, ls=":")
-            note = ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=MUTED)
-            self.panels.append((graph, ax, training, validation, best, seam, note))
-
-    def draw(self, history, resumed_at=None, title="", running=(0, {})):
-        """Moves every artist to `history`; `running` holds the epochs done, as a fraction, and the logs so far."""
-        self.title.set_text(title)
-        names = [name for name in {**history, **running[1]} if name != "epoch"]
-        for graph, ax, training, validation, best, seam, note in self.panels:
-            name, lines = _metric_name(graph, names), []
-            for line, key in ((training, name), (validation, f"val_{name}")):
-                y = np.asarray(history.get(key, []), float)
-                x = 1.0 + np.asarray(history.get("epoch", range(len(y))), float)[: len(y)]
-                x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-                if len(y):
-                    scored, scored_x, scored_y = key, x, y
-                    lines.append(line)
-                if line is training and name in running[1]:
-                    x, y = np.append(x, running[0]), np.append(y, _number(running[1][name]))
-                line.set(data=(x, y), marker="o" if len(y) < 25 else "")
-            best.set_data([], [])
-            if lines:
-                index = scored_y.argmax() if _higher_is_better(scored) else scored_y.argmin()
-                best.set(data=([scored_x[index]], [scored_y[index]]))
-                best.set_label(f"best {scored_y[index]:.4g}, epoch {scored_x[index]:.0f}")
-                lines.append(best)
-            seam.set_xdata([math.nan if resumed_at is None else resumed_at + 0.5] * 2)
-            if resumed_at is not None:
-                seam.set_label(f"resumed after epoch {resumed_at}")
-                lines.append(seam)
-            missing = bool(names) and name is None
-            note.set_text(f"no {graph!r} was logged, only\n" + ",\n".join(names[:8]) if missing else "")
-            ax.set_ylabel(name or graph)
-            ax.legend(handles=lines, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, frameon=False, fontsize=9)
-            x, y = np.concatenate([line.get_data() for line in (training, validation)], axis=1)
-            ax.set_xlim(0, 1.03 * x.max(initial=1))
-            if np.isfinite(y).any():
-                low, high = np.nanmin(y), np.nanmax(y)
-                margin = 0.06 * ((high - low) or abs(low) or 1)
-                ax.set_ylim(low - margin, high + margin)
-
-
-def _metric_name(graph, names):
-    """The logged name that `graph` stands for, or None: Keras 2 logged `acc`, Keras 3 logs `accuracy` and its kin."""
-    if graph in ("acc", "accuracy") and graph not in names:
-        return next((n for n in names if not n.startswith("val_") and (n == "acc" or n.endswith("accuracy"))), None)
-    return graph if graph in names else None
+    if isinstance(graphs, str) or not graphs or not all(isinstance(name, str) and name for name in graphs):
+        raise ValueError(f'graphs: expected a list of metric names such as ["acc", "loss"], got {graphs!r}')
+    width, names = 4.8 * len(graphs), [name for name in history if name != "epoch"]
+    # Keras 2 logged `acc`, Keras 3 logs `accuracy` and its kin.
+    accuracies = [n for n in names if n == "acc" or n.endswith("accuracy") and not n.startswith("val_")]
+    figure = FigureCanvasAgg(Figure(figsize=(width, 4), dpi=100)).figure
+    figure.text(0.5, 0.97, title, ha="center", va="top")
+    for index, graph in enumerate(graphs):
+        others = accuracies if graph in ("acc", "accuracy") else []
+        name = next((name for name in [graph, *others] if name in names), None)
+        ax = figure.add_axes(((4.8 * index + 0.75) / width, 0.13, 3.9 / width, 0.62))
+        ax.set(xlabel="epoch", ylabel=name or graph, ymargin=0.06)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        scored, curves = None, [(name, "training", TRAINING, "-"), (f"val_{name}", "validation", VALIDATION, "--")]
+        for key, label, colour, style in curves:
+            y = np.asarray(history.get(key, []), float)
+            x = 1.0 + np.asarray(history.get("epoch", range(len(y))), float)[: len(y)]
+            x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+            if len(y):
+                ax.plot(x, y, color=colour, ls=style, label=label, marker="o" if len(y) < 25 else "", ms=3)
+            whole = x % 1 == 0  # an epoch that is going on has a fraction, and cannot be the best one yet
+            if whole.any():
+                scored = key, x[whole], y[whole]
+        ax.set_xlim(0, 1.03 * max(1, ax.dataLim.x1))
+        if scored:
+            key, x, y = scored
+            best = y.argmax() if _HIGHER_IS_BETTER.search(key) else y.argmin()
+            label = f"best {y[best]:.4g}, epoch {x[best]:.0f}"
+            ax.plot(x[best], y[best], "o", color="black", label=label, ms=8, mfc="none", mew=1.8, zorder=3)
+        if resumed_at is not None:
+            ax.axvline(resumed_at + 0.5, color=MUTED, lw=1.2, ls=":", label=f"resumed after epoch {resumed_at}")
+        if names and name is None:
+            text = f"no {graph!r} was logged, only\n" + ",\n".join(names[:8])
+            ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=MUTED)
+        handles, _ = ax.get_legend_handles_labels()
+        ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, frameon=False, fontsize=9)
+    return figure
 
 
 def plot_confusion_matrix(matrix, classes, normalize=False, cmap="Blues", title="Confusion Matrix", ax=None):
@@ -182,101 +139,75 @@ def plot_confusion_matrix(matrix, classes, normalize=False, cmap="Blues", title=
         cmap: name of a colormap, or a colormap.
         title: text above the matrix.
         ax: a Matplotlib axes to draw in, instead of a new figure.
-
-    Raises:
-        ValueError: an argument is wrong; the message names it.
     """
-    picture = _MatrixPicture(classes, normalize, cmap, ax)
-    picture.draw(matrix, title)
-    return picture.figure
+    matrix, count = np.asarray(matrix, float), len(classes)
+    if isinstance(classes, str) or count < 2:
+        raise ValueError(f"classes: expected at least two names, got {classes!r}")
+    if not callable(cmap) and cmap not in matplotlib.colormaps:
+        raise ValueError(f"cmap: expected a colormap or the name of one, got {cmap!r}")
+    if matrix.shape != (count, count) or (matrix < 0).any():
+        raise ValueError(f"matrix: expected counts of shape {(count, count)}, got an array of shape {matrix.shape}")
+    names, font = [str(name) for name in classes], max(4, min(10, 420 / count))
+    if ax is None:
+        # Margins that hold the longest name, so that the axes keep their place from one drawing to the next.
+        side, margin = max(2.6, min(0.5 * count, 8.2)), 0.6 + 0.0088 * font * max(map(len, names))
+        width, height = side + margin + 1.3, side + margin + 0.5
+        figure = FigureCanvasAgg(Figure(figsize=(width, height), dpi=100)).figure
+        ax = figure.add_axes(((margin + 0.4) / width, margin / height, side / width, side / height))
+        bar = figure.add_axes(((margin + side + 0.5) / width, margin / height, 0.12 / width, side / height))
+    else:
+        bar = ax.inset_axes((1.02, 0, 0.04, 1))
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    shown, most = (shares, 1) if normalize else (matrix, max(matrix.max(), 1))
+    image = ax.imshow(shown, cmap=cmap, vmin=0, vmax=most)
+    ax.figure.colorbar(image, cax=bar).set_label("share of the true class" if normalize else "images")
+    ax.set(title=title, xlabel="predicted class", ylabel="true class, recall")
+    ax.set_xticks(range(count), names, rotation=90, fontsize=font)
+    recalls = [f"{name} {share:4.0%}" for name, share in zip(names, shares.diagonal())]
+    ax.set_yticks(range(count), recalls, fontsize=font)
+    for i, j in np.ndindex(count, count) if count <= 20 else ():  # only while four digits fit into a cell
+        red, green, blue, _ = image.cmap(image.norm(shown[i, j]))
+        colour = "w" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "k"
+        number = f"{shown[i, j]:.2f}" if normalize else f"{shown[i, j]:.0f}"
+        ax.text(j, i, number, ha="center", va="center", fontsize=min(10, 170 / count), color=colour)
+    return ax.figure
 
 
-class _MatrixPicture:
-    """The figure of `plot_confusion_matrix`, whose artists are made once and then changed."""
+class _Plotter(_Recorder):
+    """Shows one picture: in a display of its own where there is a kernel, else (or also) in a PNG file."""
 
-    def __init__(self, classes, normalize, cmap, ax=None):
-        if isinstance(classes, str) or len(classes) < 2:
-            raise ValueError(f"classes: expected at least two names, got {classes!r}")
-        if not callable(cmap) and cmap not in matplotlib.colormaps:
-            raise ValueError(f"cmap: expected a colormap or the name of one, got {cmap!r}")
-        self.classes, self.normalize = [str(name) for name in classes], bool(normalize)
-        self.cmap = cmap if callable(cmap) else matplotlib.colormaps[cmap]
-        count = len(self.classes)
-        font = max(4, min(10, 420 / count))
-        if ax is None:
-            # Margins that hold the longest name, so that the axes keep their place from one drawing to the next.
-            side, margin = max(2.6, min(0.5 * count, 8.2)), 0.6 + 0.0088 * font * max(map(len, self.classes))
-            width, height = side + margin + 1.3, side + margin + 0.5
-            figure = Figure(figsize=(width, height), dpi=100)
-            FigureCanvasAgg(figure)
-            ax = figure.add_axes(((margin + 0.4) / width, margin / height, side / width, side / height))
-            bar = figure.add_axes(((margin + side + 0.5) / width, margin / height, 0.12 / width, side / height))
-        else:
-            bar = ax.inset_axes((1.02, 0, 0.04, 1))
-        self.ax, self.figure = ax, ax.figure
-        self.image = ax.imshow(np.zeros((count, count)), cmap=self.cmap)
-        self.figure.colorbar(self.image, cax=bar).set_label("share of the true class" if normalize else "images")
-        ax.set(xlabel="predicted class", ylabel="true class, recall", xticks=range(count), yticks=range(count))
-        ax.set_xticklabels(self.classes, rotation=90, fontsize=font)
-        # Numbers only while four digits fit into a cell.
-        cells = np.ndindex(count, count) if count <= 20 else ()
-        style = {"ha": "center", "va": "center", "fontsize": min(10, 170 / count)}
-        self.texts = {(i, j): ax.text(j, i, "", **style) for i, j in cells}
+    def __init__(self, path, save_graph):
+        super().__init__()
+        self._path, self._save_graph, self._handle, self._cell = Path(path), save_graph, None, None
 
-    def draw(self, matrix, title):
-        matrix, count = np.asarray(matrix, float), len(self.classes)
-        if matrix.shape != (count, count) or (matrix < 0).any():
-            raise ValueError(f"matrix: expected counts of shape {(count, count)}, got an array of shape {matrix.shape}")
-        shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-        shown = shares if self.normalize else matrix
-        self.image.set(data=shown, clim=(0, 1 if self.normalize else max(matrix.max(), 1)))
-        recalls = [f"{name} {share:4.0%}" for name, share in zip(self.classes, shares.diagonal())]
-        self.ax.set_yticklabels(recalls, fontsize=self.ax.get_xticklabels()[0].get_fontsize())
-        self.ax.set_title(title)
-        for cell, text in self.texts.items():
-            red, green, blue, _ = self.cmap(self.image.norm(shown[cell]))
-            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            text.set(text=f"{shown[cell]:.2f}" if self.normalize else f"{shown[cell]:.0f}", color="w" if dark else "k")
-
-
-class _Screen:
-    """Where one plotter shows its one picture: a display of its own in a kernel, else (or also) a PNG file."""
-
-    def __init__(self, path, save):
-        self.path, self.save, self.handle, self.cell = Path(path), save, None, None
-
-    def show(self, figure):
-        buffer = io.BytesIO()
+    def _show(self, figure):
+        self._figure, buffer = figure, io.BytesIO()
         # Light compression: most of a redraw's time would otherwise go into making the file a little smaller.
         figure.canvas.print_png(buffer, pil_kwargs={"compress_level": 1})
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-        in_kernel = hasattr(
-            shell, "kernel"
-        )  # Jupyter, Colab or a notebook runner, as opposed to a script or a terminal
+        in_kernel = hasattr(shell, "kernel")  # Jupyter, Colab or a notebook runner; not a script or a terminal
         if in_kernel:
             from IPython.display import Image, display
 
             width, height = figure.canvas.get_width_height()
             image = Image(buffer.getvalue(), format="png", width=width, height=height)
-            if self.handle and self.cell == shell.execution_count:
-                self.handle.update(image)
+            if self._handle and self._cell == shell.execution_count:
+                self._handle.update(image)
             else:
-                self.handle, self.cell = display(image, display_id=True), shell.execution_count
-        if self.save or not in_kernel:
+                self._handle, self._cell = display(image, display_id=True), shell.execution_count
+        if self._save_graph or not in_kernel:
             with contextlib.suppress(OSError):  # a full disk costs a picture, never the training
-                partial = self.path.with_name(f"{self.path.stem}.tmp.png")
+                partial = self._path.with_name(f"{self._path.stem}.tmp.png")
                 partial.write_bytes(buffer.getvalue())
-                partial.replace(self.path)
+                partial.replace(self._path)
 
 
 def _duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s"
 
 
-class AccLossPlotter(_Recorder):
+class AccLossPlotter(_Plotter):
     """Redraws the accuracy and loss curves while a model trains, with the best epoch and the resume seam marked.
 
     Inside a long epoch the running values are shown every two seconds, with the time left for the whole run.
@@ -287,17 +218,14 @@ class AccLossPlotter(_Recorder):
         title: text above the panels, before the progress.
         path: the file for the picture.
         verbose: 1 prints one line an epoch, 0 nothing.
-
-    Raises:
-        ValueError: an argument is wrong; the message names it.
     """
 
     def __init__(self, graphs=("acc", "loss"), save_graph=False, title="", path="training_acc_loss.png", verbose=1):
-        super().__init__()
+        super().__init__(path, save_graph)
         if verbose not in (0, 1):
             raise ValueError(f"verbose: expected 0 or 1, got {verbose!r}")
-        self.title, self.verbose = title, verbose
-        self._picture, self._screen = _HistoryPicture(graphs), _Screen(path, save_graph)
+        plot_history({}, graphs)  # which checks them
+        self._graphs, self.title, self.verbose = list(graphs), title, verbose
 
     def on_train_begin(self, logs=None):
         self._began, self._seconds, self._resumed_at = time.monotonic(), [], None
@@ -318,7 +246,8 @@ class AccLossPlotter(_Recorder):
         # While no epoch has finished since the start, or since the resume, the pace of this one has to do.
         pace = np.median(self._seconds[-5:]) if self._seconds else (now - self._epoch_began) / done
         left = _duration(pace * (self.params["epochs"] - self._epoch - done))
-        self._draw(f"{done:.0%} of epoch {self._position}, {left} left", (self._epoch + done, logs or {}))
+        running = {"epoch": self._epoch + done - 1, "logs": logs or {}}
+        self._draw(f"{done:.0%} of epoch {self._position}, {left} left", running)
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
@@ -330,20 +259,22 @@ class AccLossPlotter(_Recorder):
             print(f"epoch {self._position}  {values}  {_duration(self._seconds[-1])}, {left} left", flush=True)
 
     def on_train_end(self, logs=None):
-        records, seconds = _records(self.model), time.monotonic() - self._began
-        took = f" in {_duration(seconds)}" if self._seconds and not self._resumed_at else ""
-        self._draw(f"{records[-1]['epoch'] + 1} epochs{took}" if records else "nothing was trained")
+        took = f" in {_duration(time.monotonic() - self._began)}" if self._seconds and not self._resumed_at else ""
+        self._draw(f"{self._records[-1]['epoch'] + 1} epochs{took}" if self._records else "nothing was trained")
 
-    def _draw(self, progress, running=(0, {})):
+    def _draw(self, progress, *running):
         parts = [self.title, progress] if self.title else [progress]
         with contextlib.suppress(AttributeError, TypeError, ValueError):  # not every optimizer has one learning rate
             parts.append(f"learning rate {float(self.model.optimizer.learning_rate):.3g}")
-        self._picture.draw(_columns(_records(self.model)), self._resumed_at, " · ".join(parts), running)
-        self._screen.show(self._picture.figure)
+        records = [*self._records, *running]
+        names = {name: None for record in records for name in record["logs"]}
+        history = {name: [_number(record["logs"].get(name)) for record in records] for name in names}
+        history["epoch"] = [record["epoch"] for record in records]
+        self._show(plot_history(history, self._graphs, self._resumed_at, " · ".join(parts)))
         self._drawn = time.monotonic()
 
 
-class ConfusionMatrixPlotter(_Recorder):
+class ConfusionMatrixPlotter(_Plotter):
     """Redraws the confusion matrix of a validation set after each epoch.
 
     Compile `keras.metrics.OneHotMeanIoU(len(classes))` (`MeanIoU` for integer labels) as a metric and validate on the
@@ -353,24 +284,19 @@ class ConfusionMatrixPlotter(_Recorder):
         X_val: images, an array whose first axis counts them.
         Y_val: their labels: integers of shape (n,) or (n, 1), or one-hot of shape (n, classes).
         classes: the class names, in the order of the labels.
-        normalize: show shares of the true class instead of counts.
-        cmap: name of a colormap, or a colormap.
+        normalize, cmap: as for `plot_confusion_matrix`.
         title: text above the matrix; the epoch is added.
         every: redraw after every so many epochs.
-        save_graph: also keep the picture current in a file. Without a kernel (a plain script) it always is.
-        path: that file.
-
-    Raises:
-        ValueError: an argument is wrong; the message names it.
+        save_graph, path: as for `AccLossPlotter`.
     """
 
     def __init__(
         self, X_val, Y_val, classes, normalize=False, cmap="Blues", title="Confusion Matrix", every=1, save_graph=False,
         path="confusion_matrix.png",
     ):  # fmt: skip
-        super().__init__()
-        self._picture, self._screen = _MatrixPicture(classes, normalize, cmap), _Screen(path, save_graph)
-        labels, count = np.asarray(Y_val), len(classes)
+        super().__init__(path, save_graph)
+        labels, count, self._style = np.asarray(Y_val), len(classes), (classes, normalize, cmap)
+        plot_confusion_matrix(np.zeros((count, count)), *self._style)  # which checks them
         if labels.ndim == 2 and labels.shape[1] in (1, count):
             labels = labels.argmax(axis=1) if labels.shape[1] == count else labels[:, 0]
         if labels.ndim != 1 or len(labels) != len(X_val):
@@ -383,9 +309,7 @@ class ConfusionMatrixPlotter(_Recorder):
         self.X_val, self.labels, self.title, self.every = X_val, labels.astype(int), title, every
 
     def on_train_begin(self, logs=None):
-        self._drawn_epoch = None
-        self._picture.draw(np.zeros((len(self._picture.classes),) * 2), f"{self.title} · starting")
-        self._screen.show(self._picture.figure)
+        self._draw(None)
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
@@ -393,18 +317,19 @@ class ConfusionMatrixPlotter(_Recorder):
             self._draw(epoch)
 
     def on_train_end(self, logs=None):
-        records = _records(self.model)
-        if records and records[-1]["epoch"] != self._drawn_epoch:  # the last epoch, or a finished run shown again
-            self._draw(records[-1]["epoch"])
+        last = self._records[-1]["epoch"] if self._records else None
+        if last != self._drawn_epoch:  # the last epoch, or a finished run shown again
+            self._draw(last)
 
     def _draw(self, epoch):
-        self._drawn_epoch = epoch
-        self._picture.draw(self.confusion_matrix(), f"{self.title} · epoch {epoch + 1}")
-        self._screen.show(self._picture.figure)
+        self._drawn_epoch, count = epoch, len(self._style[0])
+        matrix = np.zeros((count, count)) if epoch is None else self.confusion_matrix()
+        when = "starting" if epoch is None else f"epoch {epoch + 1}"
+        self._show(plot_confusion_matrix(matrix, *self._style, f"{self.title} · {when}"))
 
     def confusion_matrix(self):
         """Counts of shape (classes, classes), true class by row, of the model as it is now."""
-        count = len(self._picture.classes)
+        count = len(self._style[0])
         images = np.bincount(self.labels, minlength=count)
         metrics = [m for metric in self.model.metrics for m in [metric, *getattr(metric, "metrics", [])]]
         for held in _values(m.total_cm for m in metrics if hasattr(m, "total_cm")):
@@ -425,29 +350,21 @@ class ResumableCheckpoint(_Recorder):
     """Saves a training after every epoch so exactly that continuing it equals never having stopped.
 
     `saved_model.hdf5` is renewed after every epoch, `best_model.hdf5` when the monitored value improves. Plain Keras
-    opens both, by `model.load_weights(path)` and by `keras.models.load_model(path)`, which returns an uncompiled model:
-    the optimizer is in a group of our own, with the seed states of dropout and augmentation layers, the epoch, history,
-    best value, counters of `callbacks`, random states of Python, NumPy and PyTorch, and a SHA-256 of the whole file.
-    There is one way to use it, which starts a training, continues it and at last only shows the curves::
+    opens both, by `load_weights` and by `load_model`, which returns an uncompiled model: the optimizer is in a group of
+    our own, with the seed states of dropout and augmentation layers, the epoch, history, best value, counters of
+    `callbacks`, random states of Python, NumPy and PyTorch, and a SHA-256 of the whole file.
+    The one way to use it, shown above, starts a training, continues it and at last only shows the curves.
 
-        checkpoint = ResumableCheckpoint("runs/first", callbacks=[early_stopping], settings={"batch_size": 250})
-        model.fit(..., initial_epoch=checkpoint.restore(model), callbacks=[early_stopping, checkpoint])
-
-    Its place in the list does not matter: an epoch is saved when the next one begins or training ends. That the data
-    comes in the same order again is the caller's part, as Keras keeps no state of its own shuffling: pass
+    That the data comes in the same order again is the caller's part, as Keras keeps no state of its own shuffling: pass
     `shuffle=False` and a `keras.utils.PyDataset` that derives order and augmentation from a seed and the epoch.
 
     Args:
         directory: where the two files live, one directory a training; made if missing.
         monitor: the logged value that `best_model.hdf5` goes by.
-        callbacks: the other callbacks of the same `fit` whose counters are kept (EarlyStopping, ReduceLROnPlateau,
-            ModelCheckpoint): a callback cannot see its neighbours.
+        callbacks: the other callbacks of this `fit` whose counters are kept (EarlyStopping, ReduceLROnPlateau, ...).
         settings: a dict of whatever else must be the same on resuming: batch size, seed, number of epochs, data.
         mode: `"min"`, `"max"`, or `"auto"` to go by the name of `monitor`.
         verbose: 1 says where training continues, 0 nothing; warnings are given in any case.
-
-    Raises:
-        TypeError, ValueError: an argument is wrong; the message names it. OSError: the directory cannot be made.
     """
 
     def __init__(self, directory, monitor="val_loss", callbacks=(), settings=None, mode="auto", verbose=1):
@@ -464,18 +381,13 @@ class ResumableCheckpoint(_Recorder):
         self.directory.mkdir(parents=True, exist_ok=True)
         self.saved_path, self.best_path = self.directory / "saved_model.hdf5", self.directory / "best_model.hdf5"
         self.monitor, self.callbacks, self.verbose = monitor, list(callbacks), verbose
-        self._maximise = mode == "max" or mode == "auto" and _higher_is_better(monitor)
+        self._maximise = mode == "max" or mode == "auto" and bool(_HIGHER_IS_BETTER.search(monitor))
         self._restored, self._next_epoch, self.best, self.best_epoch = None, None, None, None
 
     def restore(self, model):
-        """Loads the saved state into a compiled model.
+        """Loads the saved state into a built and compiled model; returns the epoch to pass to `fit` as `initial_epoch`.
 
-        Args:
-            model: a built and compiled model, the same as the saved one but for its weights.
-
-        Returns:
-            The epoch to pass to `fit` as `initial_epoch`: 0 where nothing is saved yet, the last epoch of a `fit` that
-            had finished, so that nothing more is trained.
+        That is 0 where nothing is saved yet, and the last epoch of a `fit` that had finished: nothing more is trained.
 
         Raises:
             ValueError: the model is not compiled or not built; or model, optimizer, loss or settings differ from the
@@ -484,32 +396,23 @@ class ResumableCheckpoint(_Recorder):
         if not getattr(model, "compiled", False):
             raise ValueError("model: compile it before restore(model), so that the optimizer's state has a place to go")
         self._restored, self._next_epoch, self.best, self.best_epoch = None, 0, None, None
-        _records(model).clear()
+        self.set_model(model)
+        self._records.clear()
         problems = {}
         for path in filter(Path.exists, (self.saved_path, self.best_path)):
             try:
-                state, arrays = _read(path, model)
-                saved, now = state["fingerprint"], self._fingerprint(model)
-                differing = [name for name in {**saved, **now} if saved.get(name, "none") != now.get(name, "none")]
-                if differing:
-                    lines = [f"  {n}: saved {saved.get(n, 'none')!r}, now {now.get(n, 'none')!r}" for n in differing]
-                    raise _Unusable("\n".join(["it belongs to another training:", *lines]))
-                _load(path, model, arrays)
+                state, arrays = self._load(path, model)
+                break
             except _Unusable as problem:
                 problems[path] = problem
-                continue
-            self._adopt(model, state, arrays, path, problems)
-            return self._next_epoch
-        if problems:
+        else:
+            if not problems:
+                return 0
             listed = "\n".join(f"{path}: {problem}" for path, problem in problems.items())
             remedy = "To continue, undo the differences; to start anew, use another directory or move these files away."
             raise ValueError(f"There is no state to continue from, and nothing was changed.\n{listed}\n{remedy}")
-        return 0
-
-    def _adopt(self, model, state, arrays, path, problems):
-        """Takes over a state that was loaded into `model`, and says so."""
-        self._restored = (weakref.ref(model), state, arrays)
-        _records(model).extend(state["records"])
+        self._restored = model, state, arrays
+        self._records.extend(state["records"])
         self._next_epoch, self.best, self.best_epoch = state["next_epoch"], state["best"], state["best_epoch"]
         if path == self.best_path:
             why = f"{self.saved_path} is missing."
@@ -518,33 +421,64 @@ class ResumableCheckpoint(_Recorder):
                 bad.replace(aside)
                 why = f"{bad} cannot be used: {problem}\nIt was kept as {aside}."
             lost = f"Continuing from {path}, epoch {state['epoch'] + 1}; what was trained after that epoch is lost."
-            warnings.warn(f"{why} {lost}", stacklevel=3)
+            warnings.warn(f"{why} {lost}", stacklevel=2)
         if self.verbose:
             done = "This training is complete" if state["finished"] else "Continuing"
             best = "" if self.best is None else f", best {self.monitor} {self.best:.4f} in epoch {self.best_epoch + 1}"
             print(f"{done} after epoch {state['epoch'] + 1}{best} [{self.directory}]", flush=True)
+        return self._next_epoch
+
+    def _load(self, path, model):
+        """Puts what a checkpoint holds of weights, seeds and optimizer into `model`; returns its state and arrays."""
+        state, arrays = _read(path, model)
+        saved, now = state["fingerprint"], self._fingerprint(model)
+        pairs = {name: (saved.get(name, "none"), now.get(name, "none")) for name in {**saved, **now}}
+        lines = [f"  {name}: saved {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
+        if lines:
+            raise _Unusable("\n".join(["it belongs to another training:", *lines]))
+        if not model.built:
+            raise ValueError("model: build it before restore(model); begin it with keras.Input(shape), for example")
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        try:
+            model.load_weights(path)
+            for kind, variables in (("optimizer", model.optimizer.variables), ("seeds", _seeds(model))):
+                for index, variable in enumerate(variables):
+                    variable.assign(arrays[f"{kind}/{index}"])
+        except Exception as error:  # whatever Keras raises is the reason to pass on
+            raise _Unusable(f"its contents do not fit this model: {error}") from error
+        return state, arrays
 
     def _fingerprint(self, model):
         """All that must be the same for a resumed training to equal an uninterrupted one, each value by its path."""
         names = {layer.name: f"layer {i}" for i, layer in enumerate(_all_layers(model))}
         # Layers are called by their position, as a model built again in the same kernel has other generated names.
         architecture = re.sub(r'"([^"\\]*)"', lambda m: json.dumps(names.get(m[1], m[1])), model.to_json())
-        loss = model.loss if isinstance(model.loss, str) else keras.saving.serialize_keras_object(model.loss)
-        kinds = {"model": json.loads(architecture), "loss": loss, "settings": self.settings}
-        kinds["optimizer"] = keras.saving.serialize_keras_object(model.optimizer)
+        serialize = keras.saving.serialize_keras_object
+        kinds = {"model": json.loads(architecture), "loss": serialize(model.loss), "settings": self.settings}
+        kinds["optimizer"] = serialize(model.optimizer)
         kinds["callbacks"] = [type(callback).__name__ for callback in self.callbacks]
         kinds["monitor"] = f"{self.monitor} ({'max' if self._maximise else 'min'})"
-        return _flat(_plain(kinds))
+        return dict(_flat(_plain(kinds)))
 
     def on_train_begin(self, logs=None):
-        if self._restored and self._restored[0]() is not self.model:
+        if self._restored and self._restored[0] is not self.model:
             raise ValueError("restore(model) was called with another model than the one that is now being trained")
-        _check_that_hdf5_holds(self.model)
+        kept = _random_state()
+        try:
+            _keras_part(self.model, load_again=True)
+        except OSError as error:
+            warnings.warn(f"Could not try out whether this model can be saved: {error}")
+        except Exception as error:  # whatever Keras raises is the reason to pass on
+            remedy = "Build it as a Sequential or Functional model, from layers only."
+            raise ValueError(f"model: HDF5 cannot hold {self.model.name!r}. {remedy} Keras says: {error}") from error
+        finally:
+            _set_random_state(kept)  # loading made a model, whose weights were drawn at random
         self._began = self._told_nan = False
         self._pending = self._failure = self._best_model = self._best_file = None
         if self._restored:
             self.model.history.history.clear()
-            for record in _records(self.model):
+            for record in self._records:
                 for name, value in record["logs"].items():
                     self.model.history.history.setdefault(name, []).append(value)
         self._watch_for_interrupt()
@@ -556,17 +490,14 @@ class ResumableCheckpoint(_Recorder):
             return
         # Before the first epoch of this `fit`: by now every other callback has reset itself.
         if epoch != self._next_epoch and (self.saved_path.exists() or self.best_path.exists()):
-            remedy = (
-                "To continue it, use fit(..., initial_epoch=checkpoint.restore(model)); to start anew, another folder."
-            )
+            remedy = "To continue it, use fit(..., initial_epoch=checkpoint.restore(model)); else, another directory."
             raise ValueError(f"fit began at epoch {epoch}, but {self.directory} holds a training unlike that. {remedy}")
         self._began, self._next_epoch = True, epoch
         if self._restored:
             _, state, arrays = self._restored
-            self.model.history.epoch = [record["epoch"] for record in _records(self.model)]
+            self.model.history.epoch = [record["epoch"] for record in self._records]
             for index, (callback, counters) in enumerate(zip(self.callbacks, state["counters"])):
-                if isinstance(counters.get("best_weights"), int):
-                    count = counters["best_weights"]
+                if isinstance(count := counters.get("best_weights"), int):
                     counters["best_weights"] = [arrays[f"callbacks/{index}/{i}"] for i in range(count)]
                 vars(callback).update(counters)
             _set_random_state(state["random"])
@@ -574,21 +505,20 @@ class ResumableCheckpoint(_Recorder):
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
-        names, self._pending = list(logs or {}), epoch
+        logs, self._pending = logs or {}, epoch
         # An epoch without validation may lack it; one that validated may not.
-        if self.monitor not in names and (
-            not self.monitor.startswith("val_") or any(n.startswith("val_") for n in names)
-        ):
-            raise ValueError(f"monitor: {self.monitor!r} was not logged, only {', '.join(names)}")
-        value = _number((logs or {}).get(self.monitor))
-        if math.isfinite(value) and (self.best is None or (value > self.best if self._maximise else value < self.best)):
+        due = not self.monitor.startswith("val_") or any(name.startswith("val_") for name in logs)
+        if due and self.monitor not in logs:
+            raise ValueError(f"monitor: {self.monitor!r} was not logged, only {', '.join(logs)}")
+        value = _number(logs.get(self.monitor))
+        if np.isfinite(value) and (self.best is None or (value > self.best if self._maximise else value < self.best)):
             self.best, self.best_epoch = value, epoch
             # Taken now: at the very end, averaged weights (EMA) or EarlyStopping's best ones replace these.
             self._best_model = _keras_part(self.model)
 
     def on_train_end(self, logs=None):
         if not self._began:  # nothing was left to train
-            self.model.history.epoch = [record["epoch"] for record in _records(self.model)]
+            self.model.history.epoch = [record["epoch"] for record in self._records]
             return
         for callback in self.callbacks:
             # EarlyStopping does the same in its own on_train_end, which may come after ours.
@@ -601,26 +531,40 @@ class ResumableCheckpoint(_Recorder):
             warnings.warn(f"Training ended, but nothing after epoch {self._next_epoch} is saved: {self._failure}")
 
     def _save(self, finished=None):
-        epoch = self._pending
+        epoch, model = self._pending, self.model
         if epoch is None:
             return
-        problem = _not_finite(self.model)
-        if problem:
-            kept = f"The last finite state (after epoch {self._next_epoch}) is kept."
-            again = "An exact resume will meet the same again: lower the learning rate."
+        loss = _number(self._records[-1]["logs"].get("loss", 0.0))
+        problems = [] if np.isfinite(loss) else [f"its loss is {loss}"]
+        for variable, values in zip(model.weights, _values(model.weights)):
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                problems.append(f"{variable.path} is not finite")
+        if problems:
             if not self._told_nan:
-                warnings.warn(f"Epoch {epoch + 1} is not saved, as {problem}. {kept} {again}")
+                kept = f"The last finite state (after epoch {self._next_epoch}) is kept."
+                again = "An exact resume will meet the same again: lower the learning rate."
+                warnings.warn(f"Epoch {epoch + 1} is not saved, as {problems[0]}. {kept} {again}")
             self._told_nan = True
             return
+        # What Keras leaves out: arrays by name, and plain data.
+        arrays = {f"optimizer/{i}": v for i, v in enumerate(_values(model.optimizer.variables))}
+        arrays |= {f"seeds/{i}": v for i, v in enumerate(_values(_seeds(model)))}
+        counters = [{name: getattr(c, name) for name in _COUNTERS if hasattr(c, name)} for c in self.callbacks]
+        for index, values in enumerate(counters):
+            if values.get("best_weights") is not None:
+                arrays |= {f"callbacks/{index}/{i}": v for i, v in enumerate(values["best_weights"])}
+                values["best_weights"] = len(values["best_weights"])
+        state = {"epoch": epoch, "next_epoch": finished or epoch + 1, "finished": bool(finished), "counters": counters}
+        state |= {"best": self.best, "best_epoch": self.best_epoch, "records": self._records}
+        state |= {"random": _random_state(), "fingerprint": self._fingerprint(model), "format": 1}
         try:
-            state, arrays = self._state(epoch, finished)
             if self._best_model is not None:
                 self._best_file, self._best_model = _with_state(self._best_model, state, arrays), None
             # The best one first: were it second, a stop in between would leave a state that takes it for written.
             if self._best_file is not None:
                 _write(self.best_path, self._best_file)
                 self._best_file = None  # only now, so that a failed save of it is made up for later
-            _write(self.saved_path, _with_state(_keras_part(self.model), state, arrays))
+            _write(self.saved_path, _with_state(_keras_part(model), state, arrays))
         except OSError as error:
             if not self._failure:
                 warnings.warn(f"Could not save epoch {epoch + 1}: {error}. Training goes on; each epoch tries again.")
@@ -631,26 +575,10 @@ class ResumableCheckpoint(_Recorder):
         self._failure = self._pending = None
         self._next_epoch = state["next_epoch"]
 
-    def _state(self, epoch, finished):
-        """What Keras leaves out: plain data for a JSON text, and arrays by name."""
-        arrays = {f"optimizer/{i}": v for i, v in enumerate(_values(self.model.optimizer.variables))}
-        arrays |= {f"seeds/{i}": v for i, v in enumerate(_values(_seeds(self.model)))}
-        counters = [{name: getattr(c, name) for name in _COUNTERS if hasattr(c, name)} for c in self.callbacks]
-        for index, values in enumerate(counters):
-            if values.get("best_weights") is not None:
-                arrays |= {f"callbacks/{index}/{i}": v for i, v in enumerate(values["best_weights"])}
-                values["best_weights"] = len(values["best_weights"])
-        state = {"epoch": epoch, "next_epoch": finished or epoch + 1, "finished": bool(finished), "counters": counters}
-        state |= {"best": self.best, "best_epoch": self.best_epoch, "records": _records(self.model)}
-        state |= {"random": _random_state(), "fingerprint": self._fingerprint(self.model), "format": 1}
-        return state, arrays
-
     def _watch_for_interrupt(self):
         """Says at Ctrl-C (or Jupyter's Stop) where training will continue: Keras calls no callback then."""
-        if threading.current_thread() is not threading.main_thread():
-            return
         previous = signal.getsignal(signal.SIGINT)
-        previous = getattr(previous, "previous", previous)
+        previous = getattr(previous, "previous", previous)  # of several trainings, the last one speaks
 
         def handler(number, frame):
             signal.signal(signal.SIGINT, previous)
@@ -663,25 +591,13 @@ class ResumableCheckpoint(_Recorder):
             (previous if callable(previous) else signal.default_int_handler)(number, frame)
 
         handler.previous = previous
-        signal.signal(signal.SIGINT, handler)
-
-
-_GROUP = "resumable_checkpoint"
-_MARK = b"SHA-256 of this file, with zeros for the 64 digits that follow: "
-# What Keras's callbacks count and compare from epoch to epoch. `min_delta` is left alone: Keras changes its sign later.
-_COUNTERS = ("best", "wait", "cooldown_counter", "best_epoch", "stopped_epoch", "best_weights")
-_STATE = {"epoch", "next_epoch", "finished", "counters", "best", "best_epoch", "records", "random", "fingerprint"}
-# A config without generated names, seeds (their states are restored) and what is no part of a training.
-_GENERATED = {"name", "seed", "shared_object_id", "build_config", "compile_config", "keras_version", "backend"}
+        with contextlib.suppress(ValueError):  # only the main thread may handle signals
+            signal.signal(signal.SIGINT, handler)
 
 
 def _plain(value):
     """The same as JSON would give it back: tuples as lists, arrays and NumPy numbers as lists and numbers."""
-    return json.loads(json.dumps(value, default=_jsonable))
-
-
-def _jsonable(value):  # os.fspath gives the text of a path, and a TypeError for anything else
-    return np.asarray(value).tolist() if hasattr(value, "__array__") else os.fspath(value)
+    return json.loads(json.dumps(value, default=lambda item: np.asarray(item).tolist()))
 
 
 def _all_layers(model):
@@ -691,12 +607,13 @@ def _all_layers(model):
 
 
 def _flat(value, path=""):
-    """Plain data as `{path: value}`, without what is generated and the current learning rate."""
-    if not value or not isinstance(value, (dict, list)):
-        return {} if path.endswith(".learning_rate") and isinstance(value, (int, float)) else {path: value}
-    items = value.items() if isinstance(value, dict) else ((f"[{i}]", item) for i, item in enumerate(value))
-    parts = (_flat(item, f"{path}.{key}".strip(".").replace(".[", "[")) for key, item in items if key not in _GENERATED)
-    return {name: item for part in parts for name, item in part.items()}
+    """Pairs of path and value of plain data, without what is generated and the current learning rate."""
+    if value and isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if key not in _GENERATED:
+                yield from _flat(item, f"{path}.{key}" if isinstance(value, dict) else f"{path}[{key}]")
+    elif not (path.endswith(".learning_rate") and isinstance(value, (int, float))):
+        yield path.strip("."), value
 
 
 def _values(variables):
@@ -709,22 +626,9 @@ def _seeds(model):
     return [variable for variable in model.variables if id(variable) not in weights]
 
 
-def _not_finite(model):
-    """What of the last epoch is NaN or infinite, or None."""
-    loss = _number(_records(model)[-1]["logs"].get("loss", 0.0))
-    if not math.isfinite(loss):
-        return f"its loss is {loss}"
-    for variable, values in zip(model.weights, _values(model.weights)):
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            return f"{variable.path} is not finite"
-    return None
-
-
 def _random_state():
     state = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
     if keras.backend.backend() == "torch":
-        import torch
-
         state["torch"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     return _plain(state)
 
@@ -734,52 +638,34 @@ def _set_random_state(state):
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["numpy"])
     if keras.backend.backend() == "torch" and "torch" in state:
-        import torch
-
         cpu, *devices = (torch.tensor(values, dtype=torch.uint8) for values in state["torch"])
         torch.set_rng_state(cpu)
         if len(devices) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(devices)
 
 
-def _keras_part(model):
-    """The bytes of the HDF5 file that `model.save` writes, without its warning that HDF5 is a legacy format."""
+def _keras_part(model, load_again=False):
+    """The bytes of the HDF5 file that `model.save` writes; with `load_again`, only if Keras can load it again."""
     logger, quiet = logging.getLogger("absl"), logging.Filter()
-    quiet.filter = lambda record: "HDF5" not in record.getMessage()
-    logger.addFilter(quiet)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            # Without the optimizer, which Keras would strip from the live model's compile config.
-            model.save(Path(folder, "model.hdf5"), include_optimizer=False)
-            return Path(folder, "model.hdf5").read_bytes()
-    finally:
-        logger.removeFilter(quiet)
-
-
-def _check_that_hdf5_holds(model):
-    """Refuses, before training starts, a model that Keras cannot save to HDF5, or saves but cannot load again."""
-    kept = _random_state()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "model.hdf5").write_bytes(_keras_part(model))
+    quiet.filter = lambda record: "HDF5" not in record.getMessage()  # Keras calls it a legacy format at each save
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as afterwards:
+        logger.addFilter(quiet)
+        afterwards.callback(logger.removeFilter, quiet)
+        path = Path(folder, "model.hdf5")
+        # Without the optimizer, which Keras would strip from the live model's compile config.
+        model.save(path, include_optimizer=False)
+        if load_again:
             own = {type(layer).__name__: type(layer) for layer in _all_layers(model)}
-            keras.models.load_model(Path(folder, "model.hdf5"), custom_objects=own, compile=False, safe_mode=False)
-    except OSError as error:
-        warnings.warn(f"Could not try out whether this model can be saved: {error}")
-    except Exception as error:  # whatever Keras raises is the reason to pass on
-        remedy = "Build it as a Sequential or Functional model, from layers only."
-        raise ValueError(f"model: HDF5 cannot hold {model.name!r}. {remedy} Keras says: {error}") from error
-    finally:
-        _set_random_state(kept)
+            keras.models.load_model(path, custom_objects=own, compile=False, safe_mode=False)
+        return path.read_bytes()
 
 
 def _with_state(keras_part, state, arrays):
     """The bytes of a Keras HDF5 file with our group added, and in it a SHA-256 of the result."""
     buffer = io.BytesIO(keras_part)
     with h5py.File(buffer, "r+") as file:
-        group = file.create_group(_GROUP)
-        # A dataset, as HDF5 limits attributes to 64 KB.
-        group["state"] = np.frombuffer(json.dumps(state, default=_jsonable).encode(), np.uint8)
+        group = file.create_group(_GROUP)  # of datasets, as HDF5 limits attributes to 64 KB
+        group["state"] = np.frombuffer(json.dumps(_plain(state)).encode(), np.uint8)
         for name, values in arrays.items():
             group[f"arrays/{name}"] = values
         group["sha256"] = np.frombuffer(_MARK + b"0" * 64, np.uint8)
@@ -810,10 +696,7 @@ def _write(path, data):
 
 
 def _read(path, model):
-    """The state and the arrays of a checkpoint, read only after every byte of the file was found to be as written.
-
-    Raises _Unusable if the file is damaged, is not ours, or would make HDF5 open other files or take much memory.
-    """
+    """The state and the arrays of a checkpoint, from this file alone, once every byte was found to be as written."""
     try:
         most = 2**26 + 12 * sum(values.nbytes for values in _values(model.variables))
         if path.stat().st_size > most:
@@ -827,45 +710,24 @@ def _read(path, model):
     digest = hashlib.sha256(data[:at] + b"0" * 64 + data[at + 64 :]).hexdigest().encode()
     if at < len(_MARK) or data[at : at + 64] != digest:
         raise _Unusable("its checksum is missing or wrong: it is cut short, damaged, or not written by this callback")
+    arrays = {}
+
+    def look(name, link):  # at every object in the file, following nothing to elsewhere
+        item = file[name] if isinstance(link, h5py.HardLink) else None
+        if isinstance(item, h5py.Dataset) and not item.is_virtual and not item.external:
+            if item.dtype.hasobject or item.nbytes > len(data):
+                raise _Unusable(f"{name} claims shape {item.shape} of {item.dtype}, more than the file holds")
+            if name.startswith(f"{_GROUP}/"):
+                arrays[name.removeprefix(f"{_GROUP}/").removeprefix("arrays/")] = item[()]
+        elif not isinstance(item, h5py.Group):
+            raise _Unusable(f"{name} takes its data from elsewhere, which is not read")
+
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
-            arrays = _walk(file, len(data))
+            file.visititems_links(look)
         state = json.loads(arrays.pop("state").tobytes())
         if state["format"] != 1 or not _STATE <= state.keys():
             raise _Unusable(f"its format ({state['format']}) is unknown to this version of visual_callbacks.py")
     except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise _Unusable(f"its contents are not those of a checkpoint: {error}") from error
-    return state, {name.removeprefix("arrays/"): values for name, values in arrays.items()}
-
-
-def _walk(file, size):
-    """The arrays of our group by name, after a walk over the whole HDF5 file that follows nothing to elsewhere."""
-    arrays = {}
-
-    def look(name, link):
-        item = file[name] if isinstance(link, h5py.HardLink) else None
-        if isinstance(item, h5py.Dataset) and not item.is_virtual and not item.external:
-            if item.dtype.hasobject or item.nbytes > size:
-                raise _Unusable(f"{name} claims shape {item.shape} of {item.dtype}, more than the file holds")
-            if name.startswith(f"{_GROUP}/"):
-                arrays[name.removeprefix(f"{_GROUP}/")] = item[()]
-        elif not isinstance(item, h5py.Group):
-            raise _Unusable(f"{name} takes its data from elsewhere, which is not read")
-
-    file.visititems_links(look)
-    return arrays
-
-
-def _load(path, model, arrays):
-    """Puts the weights, the seed states and the optimizer's variables of a checkpoint into `model`."""
-    if not model.built:
-        raise ValueError("model: build it before restore(model); begin it with keras.Input(shape), for example")
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    try:
-        model.load_weights(path)
-        for kind, variables in (("optimizer", model.optimizer.variables), ("seeds", _seeds(model))):
-            for index, variable in enumerate(variables):
-                variable.assign(arrays[f"{kind}/{index}"])
-    except Exception as error:  # whatever Keras raises is the reason to pass on
-        raise _Unusable(f"its contents do not fit this model: {error}") from error
+    return state, arrays

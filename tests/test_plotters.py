@@ -46,7 +46,7 @@ def test_the_curves_are_what_keras_recorded(data, build):
     x, y = data
     plotter = AccLossPlotter(verbose=0)
     history = fit(build(), x, np.eye(3)[y], [plotter], epochs=4)
-    figure = plotter._picture.figure
+    figure = plotter._figure
     assert curve(figure, 0, "training") == ([1, 2, 3, 4], history.history["accuracy"])
     assert curve(figure, 0, "validation") == ([1, 2, 3, 4], history.history["val_accuracy"])
     assert curve(figure, 1, "training") == ([1, 2, 3, 4], history.history["loss"])
@@ -59,14 +59,14 @@ def test_epochs_without_validation_are_left_out_of_its_curve(data, build):
     x, y = data
     plotter = AccLossPlotter(verbose=0)
     fit(build(), x, np.eye(3)[y], [plotter], epochs=5, validation_freq=2)
-    assert curve(plotter._picture.figure, 1, "validation")[0] == [2, 4]
+    assert curve(plotter._figure, 1, "validation")[0] == [2, 4]
 
 
 def test_without_validation_data_the_training_curve_is_marked(data, build):
     x, y = data
     plotter = AccLossPlotter(verbose=0)
     history = fit(build(), x, np.eye(3)[y], [plotter, ConfusionMatrixPlotter(x, y, CLASSES)], validation=False)
-    axes = plotter._picture.figure.axes[1]
+    axes = plotter._figure.axes[1]
     best = min(history.history["loss"])
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
     assert texts == ["training", f"best {best:.4g}, epoch {np.argmin(history.history['loss']) + 1}"]
@@ -90,10 +90,10 @@ def test_the_seam_of_a_resumed_training_is_marked(data, build):
     plotter, model = AccLossPlotter(verbose=0), build()
     fit(model, x, np.eye(3)[y], [plotter], epochs=2)
     fit(model, x, np.eye(3)[y], [plotter], epochs=4, initial_epoch=2)
-    assert curve(plotter._picture.figure, 1, "training")[0] == [1, 2, 3, 4]
-    assert curve(plotter._picture.figure, 1, "resumed after epoch 2")[0] == [2.5, 2.5]
+    assert curve(plotter._figure, 1, "training")[0] == [1, 2, 3, 4]
+    assert curve(plotter._figure, 1, "resumed after epoch 2")[0] == [2.5, 2.5]
     fit(model, x, np.eye(3)[y], [plotter], epochs=2)  # from the start again: the old curve is gone
-    assert curve(plotter._picture.figure, 1, "training")[0] == [1, 2]
+    assert curve(plotter._figure, 1, "training")[0] == [1, 2]
 
 
 def test_text_stays_inside_the_picture_and_apart():
@@ -175,8 +175,8 @@ def test_a_confusion_matrix_shows_counts_shares_and_recall():
 def test_every_n_epochs_and_the_last(data, build):
     x, y = data
     plotter, drawn = ConfusionMatrixPlotter(x, y, CLASSES, every=2), []
-    draw = plotter._picture.draw
-    plotter._picture.draw = lambda matrix, title: (drawn.append(title), draw(matrix, title))
+    show = plotter._show
+    plotter._show = lambda figure: (drawn.append(figure.axes[0].get_title()), show(figure))
     fit(build(), x, np.eye(3)[y], [plotter], epochs=5)
     assert drawn == ["Confusion Matrix · " + when for when in ("starting", "epoch 2", "epoch 4", "epoch 5")]
 
