@@ -455,11 +455,14 @@ class ResumableCheckpoint(_Recorder):
         # Layers are called by their position, as a model built again in the same kernel has other generated names.
         architecture = re.sub(r'"([^"\\]*)"', lambda m: json.dumps(names.get(m[1], m[1])), model.to_json())
         serialize = keras.saving.serialize_keras_object
-        kinds = {"model": json.loads(architecture), "loss": serialize(model.loss), "settings": self.settings}
-        kinds["optimizer"] = serialize(model.optimizer)
+        kinds = {
+            "model": json.loads(architecture),
+            "loss": serialize(model.loss),
+            "optimizer": serialize(model.optimizer),
+        }
         kinds["callbacks"] = [type(callback).__name__ for callback in self.callbacks]
         kinds["monitor"] = f"{self.monitor} ({'max' if self._maximise else 'min'})"
-        return dict(_flat(_plain(kinds)))
+        return {**dict(_flat(_plain(kinds))), **{f"settings.{name}": value for name, value in self.settings.items()}}
 
     def on_train_begin(self, logs=None):
         if self._restored and self._restored[0] is not self.model:
@@ -710,21 +713,23 @@ def _read(path, model):
     digest = hashlib.sha256(data[:at] + b"0" * 64 + data[at + 64 :]).hexdigest().encode()
     if at < len(_MARK) or data[at : at + 64] != digest:
         raise _Unusable("its checksum is missing or wrong: it is cut short, damaged, or not written by this callback")
-    arrays = {}
+    arrays, problems = {}, []
 
-    def look(name, link):  # at every object in the file, following nothing to elsewhere
+    def look(name, link):  # at every object in the file, following nothing to elsewhere; HDF5 lets no error through
         item = file[name] if isinstance(link, h5py.HardLink) else None
         if isinstance(item, h5py.Dataset) and not item.is_virtual and not item.external:
             if item.dtype.hasobject or item.nbytes > len(data):
-                raise _Unusable(f"{name} claims shape {item.shape} of {item.dtype}, more than the file holds")
-            if name.startswith(f"{_GROUP}/"):
+                problems.append(f"{name} claims shape {item.shape} of {item.dtype}, more than the file holds")
+            elif name.startswith(f"{_GROUP}/"):
                 arrays[name.removeprefix(f"{_GROUP}/").removeprefix("arrays/")] = item[()]
         elif not isinstance(item, h5py.Group):
-            raise _Unusable(f"{name} takes its data from elsewhere, which is not read")
+            problems.append(f"{name} takes its data from elsewhere, which is not read")
 
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
             file.visititems_links(look)
+        if problems:
+            raise _Unusable(problems[0])
         state = json.loads(arrays.pop("state").tobytes())
         if state["format"] != 1 or not _STATE <= state.keys():
             raise _Unusable(f"its format ({state['format']}) is unknown to this version of visual_callbacks.py")

@@ -126,5 +126,5 @@ def prepare():
 if __name__ == "__main__":
     prepare()
     report = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: print("began", epoch, flush=True))
-    train(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]), extra=[report])
+    train(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]), extra=[report], monitor="loss")
     print("finished", flush=True)
