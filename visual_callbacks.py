@@ -591,11 +591,12 @@ class ResumableCheckpoint(_Recorder):
             if frame:
                 where = f"Run again to continue after epoch {self._next_epoch}. [{self.directory}]"
                 print(f"\nStopped. {where if self._next_epoch else 'No epoch was finished yet.'}", flush=True)
-            (previous if callable(previous) else signal.default_int_handler)(number, frame)
+            previous(number, frame)
 
         handler.previous = previous
         with contextlib.suppress(ValueError):  # only the main thread may handle signals
-            signal.signal(signal.SIGINT, handler)
+            if callable(previous):  # else the process was started with Ctrl-C switched off
+                signal.signal(signal.SIGINT, handler)
 
 
 def _plain(value):

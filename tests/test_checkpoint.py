@@ -155,11 +155,11 @@ def test_early_stopping_is_final(monkeypatch):
     monkeypatch.setitem(CONFIGS, "stopping", (training.sequential, lambda: training.ADAM(0.01), lambda: stopping))
     for first in (True, False):
         model, history, _ = train("stopping", f"run{first}", first=first)
-        assert history.epoch == [0, 1, 2]
+        assert history.epoch in ([0, 1], [0, 1, 2])  # Keras 3.13 stops one epoch sooner than 3.15
         weights = keras.models.load_model(f"run{first}/{SAVED}").get_weights()
         assert all((a == b).all() for a, b in zip(weights, model.get_weights()))
         again, more, _ = train("stopping", f"run{first}", first=first)
-        assert more.epoch == [0, 1, 2] and more.history == history.history
+        assert more.epoch == history.epoch and more.history == history.history
         assert all((a == b).all() for a, b in zip(again.get_weights(), model.get_weights()))
 
 
@@ -498,7 +498,15 @@ def test_nan_is_neither_best_nor_saved():
 # Ctrl-C ----
 
 
-def test_ctrl_c_says_where_it_continues_and_is_raised(capsys):
+@pytest.fixture
+def interrupts():
+    """Python's own handler, which a process that was started in the background lacks."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_ctrl_c_says_where_it_continues_and_is_raised(capsys, interrupts):
     press = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
         train("sgd", "run", extra=[Stop(3, press)])
