@@ -58,7 +58,7 @@ def test_end_to_end_on_the_stand_in_and_again(checkout):
     assert "DIGITS as a stand-in" in text and "training   (1197, 32, 32, 3)" in text
     assert "validation (300, 32, 32, 3)" in text and "300 to test with" in text
     assert "epoch 1/2 " in text and "epoch 2/2 " in text
-    fit = cell_with(notebook, "model.fit(")
+    fit = cell_with(notebook, "history = model.fit(")
     assert len(pictures(notebook, fit)) == 2  # one picture a plotter, however often it was redrawn
     for index, cell in enumerate(notebook.cells):
         titled = "suptitle" in cell.source or "ax.set(title" in cell.source
@@ -71,7 +71,7 @@ def test_end_to_end_on_the_stand_in_and_again(checkout):
     again = execute(checkout)
     text = printed(again)
     assert "This training is complete after epoch 2" in text and "epoch 1/2 " not in text
-    assert len(pictures(again, cell_with(again, "model.fit("))) == 2
+    assert len(pictures(again, cell_with(again, "history = model.fit("))) == 2
     assert float(text.split("Test accuracy: ")[1].split()[0]) == shown
     learned = execute(checkout, EPOCHS=8, WIDTHS=[16, 32, 32])
     assert float(printed(learned).split("Test accuracy: ")[1].split()[0]) > 0.6  # ten digits: chance is 0.1
