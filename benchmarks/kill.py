@@ -52,7 +52,9 @@ def kill_often(kills, seed=0, say=print):
                     time.sleep(chance.random() * 0.15)  # an epoch, with its saves, takes about as long
                     process.kill()
             killed, errors = process.wait() < 0, process.stderr.read()
-            lost = first is None or not last - 1 <= first <= last
+            if first is None and not killed:
+                first = EPOCHS  # killed between the last save and its exit: nothing was left to train
+            lost = first is None or not (last - 1 <= first <= last or first == last + 1 == EPOCHS)
             if lost:
                 problems.append(f"expected epoch {last - 1} or {last}, continued with {first}: {errors[-500:]}")
             if killed:
