@@ -54,6 +54,8 @@ _GENERATED = {"name", "seed", "shared_object_id", "build_config", "compile_confi
 
 
 def _number(value):
+    if isinstance(value, float):  # as Keras logs it; NumPy would take its time over thousands of epochs
+        return value
     return float(np.mean(value)) if value is not None and np.size(value) else np.nan
 
 
@@ -75,7 +77,7 @@ class _Recorder(keras.callbacks.Callback):
             self._records.append({"epoch": epoch, "logs": {} if logs is None else logs})
 
 
-def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title=""):
+def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title="", figure=None):
     """Draws one panel a graph: the training curve, the validation curve, the best epoch. Returns a Matplotlib Figure.
 
     Args:
@@ -83,6 +85,7 @@ def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title=""):
         graphs: metric names; `"acc"` finds whatever accuracy was logged.
         resumed_at: epoch (from 0) at which a resumed training began; a vertical line marks it.
         title: text above the panels.
+        figure: what an earlier call for the same graphs returned, to draw in it again; quicker than a new one.
     """
     if isinstance(history, keras.callbacks.History):
         history = {**history.history, "epoch": history.epoch}
@@ -90,42 +93,61 @@ def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title=""):
         raise TypeError(f"history: expected a keras History or a dict of lists, got {type(history).__name__}")
     if isinstance(graphs, str) or not graphs or not all(isinstance(name, str) and name for name in graphs):
         raise ValueError(f'graphs: expected a list of metric names such as ["acc", "loss"], got {graphs!r}')
-    width, names = 4.8 * len(graphs), [name for name in history if name != "epoch"]
+    names = [name for name in history if name != "epoch"]
     # Keras 2 logged `acc`, Keras 3 logs `accuracy` and its kin.
     accuracies = [n for n in names if n == "acc" or n.endswith("accuracy") and not n.startswith("val_")]
-    figure = FigureCanvasAgg(Figure(figsize=(width, 4), dpi=100)).figure
-    figure.text(0.5, 0.97, title, ha="center", va="top")
-    for index, graph in enumerate(graphs):
+    # The artists are made once and then moved: quicker than plotting anew, and nothing is left for a garbage collector.
+    figure = figure or _empty_panels(len(graphs))
+    figure.texts[0].set_text(title)
+    for ax, graph in zip(figure.axes, graphs):
+        training, validation, best, seam = ax.lines
         others = accuracies if graph in ("acc", "accuracy") else []
-        name = next((name for name in [graph, *others] if name in names), None)
-        ax = figure.add_axes(((4.8 * index + 0.75) / width, 0.13, 3.9 / width, 0.62))
-        ax.set(xlabel="epoch", ylabel=name or graph, ymargin=0.06)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        scored, curves = None, [(name, "training", TRAINING, "-"), (f"val_{name}", "validation", VALIDATION, "--")]
-        for key, label, colour, style in curves:
+        name, scored = next((name for name in [graph, *others] if name in names), None), None
+        for line, key in ((training, name), (validation, f"val_{name}")):
             y = np.asarray(history.get(key, []), float)
             x = 1.0 + np.asarray(history.get("epoch", range(len(y))), float)[: len(y)]
             x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-            if len(y):
-                ax.plot(x, y, color=colour, ls=style, label=label, marker="o" if len(y) < 25 else "", ms=3)
+            line.set(data=(x, y), marker="o" if len(y) < 25 else "")
             whole = x % 1 == 0  # an epoch that is going on has a fraction, and cannot be the best one yet
             if whole.any():
                 scored = key, x[whole], y[whole]
-        ax.set_xlim(0, 1.03 * max(1, ax.dataLim.x1))
+        best.set_data([], [])
         if scored:
             key, x, y = scored
-            best = y.argmax() if _HIGHER_IS_BETTER.search(key) else y.argmin()
-            label = f"best {y[best]:.4g}, epoch {x[best]:.0f}"
-            ax.plot(x[best], y[best], "o", color="black", label=label, ms=8, mfc="none", mew=1.8, zorder=3)
-        if resumed_at is not None:
-            ax.axvline(resumed_at + 0.5, color=MUTED, lw=1.2, ls=":", label=f"resumed after epoch {resumed_at}")
-        if names and name is None:
-            text = f"no {graph!r} was logged, only\n" + ",\n".join(names[:8])
-            ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=MUTED)
-        handles, _ = ax.get_legend_handles_labels()
-        ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, frameon=False, fontsize=9)
+            index = y.argmax() if _HIGHER_IS_BETTER.search(key) else y.argmin()
+            best.set(data=([x[index]], [y[index]]), label=f"best {y[index]:.4g}, epoch {x[index]:.0f}")
+        seam.set_data([] if resumed_at is None else [resumed_at + 0.5] * 2, [] if resumed_at is None else [0, 1])
+        seam.set_label(f"resumed after epoch {resumed_at}")
+        ax.relim()
+        ax.set_xlim(0, 1.03 * max(1, ax.dataLim.x1))
+        ax.autoscale_view(scalex=False)
+        ax.set_ylabel(name or graph)
+        ax.texts[0].set_text(f"no {graph!r} was logged, only\n" + ",\n".join(names[:8]) if names and not name else "")
+        shown, legend = [line for line in ax.lines if len(line.get_xdata())], ax.get_legend()
+        if not legend or len(legend.get_texts()) != len(shown):
+            place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1)}
+            legend = ax.legend(handles=shown, ncols=2, frameon=False, fontsize=9, **place)
+        for text, line in zip(legend.get_texts(), shown):
+            text.set_text(line.get_label())
+    return figure
+
+
+def _empty_panels(count):
+    width = 4.8 * count
+    figure = FigureCanvasAgg(Figure(figsize=(width, 4), dpi=100)).figure
+    figure.text(0.5, 0.97, "", ha="center", va="top")
+    for index in range(count):
+        ax = figure.add_axes(((4.8 * index + 0.75) / width, 0.13, 3.9 / width, 0.62))
+        ax.set(xlabel="epoch", ymargin=0.06)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        ax.plot([], [], color=TRAINING, label="training", ms=3)
+        ax.plot([], [], color=VALIDATION, label="validation", ms=3, ls="--")
+        ax.plot([], [], "o", color="black", ms=8, mfc="none", mew=1.8, zorder=3)
+        ax.axvline(0, color=MUTED, lw=1.2, ls=":")
+        ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=MUTED)
     return figure
 
 
@@ -138,7 +160,7 @@ def plot_confusion_matrix(matrix, classes, normalize=False, cmap="Blues", title=
         normalize: show shares of the true class (the row) instead of counts.
         cmap: name of a colormap, or a colormap.
         title: text above the matrix.
-        ax: a Matplotlib axes to draw in, instead of a new figure.
+        ax: a Matplotlib axes to draw in, instead of a new figure; an earlier drawing in it is changed in place.
     """
     matrix, count = np.asarray(matrix, float), len(classes)
     if isinstance(classes, str) or count < 2:
@@ -148,6 +170,7 @@ def plot_confusion_matrix(matrix, classes, normalize=False, cmap="Blues", title=
     if matrix.shape != (count, count) or (matrix < 0).any():
         raise ValueError(f"matrix: expected counts of shape {(count, count)}, got an array of shape {matrix.shape}")
     names, font = [str(name) for name in classes], max(4, min(10, 420 / count))
+    bar = None
     if ax is None:
         # Margins that hold the longest name, so that the axes keep their place from one drawing to the next.
         side, margin = max(2.6, min(0.5 * count, 8.2)), 0.6 + 0.0088 * font * max(map(len, names))
@@ -155,21 +178,22 @@ def plot_confusion_matrix(matrix, classes, normalize=False, cmap="Blues", title=
         figure = FigureCanvasAgg(Figure(figsize=(width, height), dpi=100)).figure
         ax = figure.add_axes(((margin + 0.4) / width, margin / height, side / width, side / height))
         bar = figure.add_axes(((margin + side + 0.5) / width, margin / height, 0.12 / width, side / height))
-    else:
-        bar = ax.inset_axes((1.02, 0, 0.04, 1))
+    if not ax.images:
+        image = ax.imshow(matrix, cmap=cmap)
+        bar = ax.figure.colorbar(image, cax=bar or ax.inset_axes((1.02, 0, 0.04, 1)))
+        bar.set_label("share of the true class" if normalize else "images")
+        ax.set(xlabel="predicted class", ylabel="true class, recall")
+        ax.set_xticks(range(count), names, rotation=90, fontsize=font)
+        for i, j in np.ndindex(count, count) if count <= 20 else ():  # only while four digits fit into a cell
+            ax.text(j, i, "", ha="center", va="center", fontsize=min(10, 170 / count))
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    shown, most = (shares, 1) if normalize else (matrix, max(matrix.max(), 1))
-    image = ax.imshow(shown, cmap=cmap, vmin=0, vmax=most)
-    ax.figure.colorbar(image, cax=bar).set_label("share of the true class" if normalize else "images")
-    ax.set(title=title, xlabel="predicted class", ylabel="true class, recall")
-    ax.set_xticks(range(count), names, rotation=90, fontsize=font)
-    recalls = [f"{name} {share:4.0%}" for name, share in zip(names, shares.diagonal())]
-    ax.set_yticks(range(count), recalls, fontsize=font)
-    for i, j in np.ndindex(count, count) if count <= 20 else ():  # only while four digits fit into a cell
-        red, green, blue, _ = image.cmap(image.norm(shown[i, j]))
-        colour = "w" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "k"
-        number = f"{shown[i, j]:.2f}" if normalize else f"{shown[i, j]:.0f}"
-        ax.text(j, i, number, ha="center", va="center", fontsize=min(10, 170 / count), color=colour)
+    shown, (image,) = shares if normalize else matrix, ax.images
+    image.set(data=shown, clim=(0, 1 if normalize else max(matrix.max(), 1)))
+    ax.set_title(title)
+    ax.set_yticks(range(count), [f"{name} {s:4.0%}" for name, s in zip(names, shares.diagonal())], fontsize=font)
+    for text, value, colour in zip(ax.texts, shown.flat, image.cmap(image.norm(shown)).reshape(-1, 4)):
+        dark = colour[:3] @ (0.299, 0.587, 0.114) < 0.5
+        text.set(text=f"{value:.2f}" if normalize else f"{value:.0f}", color="w" if dark else "k")
     return ax.figure
 
 
@@ -178,7 +202,7 @@ class _Plotter(_Recorder):
 
     def __init__(self, path, save_graph):
         super().__init__()
-        self._path, self._save_graph, self._handle, self._cell = Path(path), save_graph, None, None
+        self._path, self._save_graph, self._figure, self._handle, self._cell = Path(path), save_graph, None, None, None
 
     def _show(self, figure):
         self._figure, buffer = figure, io.BytesIO()
@@ -270,7 +294,7 @@ class AccLossPlotter(_Plotter):
         names = {name: None for record in records for name in record["logs"]}
         history = {name: [_number(record["logs"].get(name)) for record in records] for name in names}
         history["epoch"] = [record["epoch"] for record in records]
-        self._show(plot_history(history, self._graphs, self._resumed_at, " · ".join(parts)))
+        self._show(plot_history(history, self._graphs, self._resumed_at, " · ".join(parts), self._figure))
         self._drawn = time.monotonic()
 
 
@@ -325,7 +349,8 @@ class ConfusionMatrixPlotter(_Plotter):
         self._drawn_epoch, count = epoch, len(self._style[0])
         matrix = np.zeros((count, count)) if epoch is None else self.confusion_matrix()
         when = "starting" if epoch is None else f"epoch {epoch + 1}"
-        self._show(plot_confusion_matrix(matrix, *self._style, f"{self.title} · {when}"))
+        ax = self._figure.axes[0] if self._figure else None
+        self._show(plot_confusion_matrix(matrix, *self._style, f"{self.title} · {when}", ax))
 
     def confusion_matrix(self):
         """Counts of shape (classes, classes), true class by row, of the model as it is now."""

@@ -1,0 +1,141 @@
+"""Time, memory and notebook size of the live view: ours, livelossplot 0.6.1 and the plain recipe, on the same logs.
+
+    python benchmarks/live_view.py          needs livelossplot==0.6.1; prints two tables, draws Images/live_view.png
+
+All three redraw the curves after each of 600 epochs in one real Jupyter kernel, each in a cell of its own, in turn and
+twice over. A redraw is timed from the call until the picture is handed to the kernel's messaging. Then ours alone for
+2,000 epochs in a fresh kernel. Each time is the median of the ten redraws up to that epoch.
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+import nbformat
+from matplotlib.figure import Figure
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+SETUP = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import keras, matplotlib.pyplot as plt, numpy as np
+from IPython.display import clear_output
+from livelossplot import PlotLosses
+from livelossplot.outputs import MatplotlibPlot
+from visual_callbacks import AccLossPlotter
+
+noise = np.random.default_rng(0).random((2000, 4)) / 20
+
+def logs(epoch):
+    x, (a, b, c, d) = 1 / (1 + epoch / 20), noise[epoch]
+    return {{"loss": 2 * x + a, "val_loss": 2.1 * x + b, "accuracy": 1 - 0.9 * x - c, "val_accuracy": 0.95 - 0.85 * x - d}}
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+def ours(epochs):
+    plotter, model = AccLossPlotter(verbose=0), keras.Sequential()
+    plotter.set_params({{"epochs": epochs, "steps": None}})
+    plotter.set_model(model)
+    plotter.on_train_begin()
+    for epoch in range(epochs):
+        plotter.on_epoch_begin(epoch)
+        plotter.on_epoch_end(epoch, logs(epoch))
+        yield
+
+def livelossplot(epochs):
+    groups = {{"accuracy": ["accuracy", "val_accuracy"], "loss": ["loss", "val_loss"]}}
+    plot = PlotLosses(groups=groups, outputs=[MatplotlibPlot()])
+    for epoch in range(epochs):
+        plot.update(logs(epoch))
+        plot.send()
+        yield
+
+def recipe(epochs):
+    history = {{name: [] for name in logs(0)}}
+    for epoch in range(epochs):
+        for name, value in logs(epoch).items():
+            history[name].append(value)
+        clear_output(wait=True)
+        figure, axes = plt.subplots(1, 2, figsize=(9.6, 4))
+        for ax, name in zip(axes, ("accuracy", "loss")):
+            ax.plot(history[name], label="training")
+            ax.plot(history["val_" + name], label="validation")
+            ax.set_title(name)
+            ax.legend()
+        plt.show()
+        yield
+
+def measure(method, epochs):
+    redraws, ms, memory = method(epochs), [], []
+    for epoch in range(epochs):
+        began = time.perf_counter()
+        next(redraws)
+        ms.append((time.perf_counter() - began) * 1000)
+        memory.append(resident())
+    ends = [n for n in (10, 20, 100, 600, 2000) if n <= epochs]
+    return {{"ms": {{str(n): np.median(ms[n - 10 : n]) for n in ends}}, "grown": memory[-1] - memory[min(50, epochs) - 1],
+            "open": len(plt.get_fignums())}}
+"""
+NAMES = {
+    "ours": "AccLossPlotter",
+    "livelossplot": "livelossplot 0.6.1",
+    "recipe": "clear_output, plt.plot, plt.show",
+}
+LENGTHS = ("10", "100", "600")
+
+
+def execute(*measurements):
+    """Runs (method, epochs) pairs, each in a cell, in one kernel; returns their results, with what the cell saves."""
+    cells = [nbformat.v4.new_code_cell(SETUP)]
+    for method, epochs in measurements:
+        cells.append(nbformat.v4.new_code_cell(f"result = measure({method}, {epochs})"))
+        cells.append(nbformat.v4.new_code_cell("import json; print(json.dumps(result))"))
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, timeout=None, kernel_name="python3").execute()
+    return [
+        {**json.loads(printed.outputs[0].text), "kB": len(json.dumps(drawn.outputs)) / 1000}
+        for drawn, printed in zip(notebook.cells[1::2], notebook.cells[2::2])
+    ]
+
+
+def main():
+    results = execute(*[(name, 600) for name in NAMES] * 2)
+    ms = {  # of both rounds
+        name: {n: statistics.mean(result["ms"][n] for result in results[i :: len(NAMES)]) for n in LENGTHS}
+        for i, name in enumerate(NAMES)
+    }
+    print("| 600 epochs | ms at 10 | at 100 | at 600 | of livelossplot's time | MB grown | output, kB | open figures |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, first, second in zip(NAMES, results, results[len(NAMES) :]):
+        shares = " ".join(f"{ms[name][n] / ms['livelossplot'][n]:.2f}" for n in LENGTHS)
+        times = " | ".join(f"{ms[name][n]:.0f}" for n in LENGTHS)
+        grown = f"{first['grown']:.1f}, {second['grown']:.1f}"
+        print(f"| {NAMES[name]} | {times} | {shares} | {grown} | {second['kB']:.0f} | {second['open']} |")
+    (six,), (many,) = execute(("ours", 6)), execute(("ours", 2000))
+    print("\n| AccLossPlotter, 2,000 epochs | |\n| --- | --- |")
+    print(f"| memory grown after the first 50 | {many['grown']:.1f} MB |")
+    print(f"| a redraw at the end, of one at epoch 20 | {many['ms']['2000'] / many['ms']['20']:.2f} |")
+    print(f"| notebook larger than after 6 epochs | {many['kB'] - six['kB']:.0f} kB |")
+    print(f"| pyplot figures open | {many['open']} |")
+    draw(ms)
+
+
+def draw(ms):
+    figure = Figure(figsize=(7.2, 2.5), dpi=100, layout="constrained")
+    ax = figure.add_subplot()
+    for index, (name, colour) in enumerate(zip(NAMES, ("#0072B2", "#E69F00", "#8C8C8C"))):
+        places = [x + 0.28 * (index - 1) for x in range(len(LENGTHS))]
+        bars = ax.bar(places, [ms[name][n] for n in LENGTHS], 0.25, color=colour, label=NAMES[name])
+        ax.bar_label(bars, fmt="%.0f", fontsize=8)
+    ax.set_xticks(range(len(LENGTHS)), [f"{n} epochs" for n in LENGTHS])
+    ax.set(ylabel="ms", title="One redraw of the curves, same logs, same kernel")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.margins(y=0.15)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(ROOT / "Images" / "live_view.png")
+
+
+if __name__ == "__main__":
+    main()
