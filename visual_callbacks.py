@@ -107,7 +107,7 @@ def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title="", fig
             y = np.asarray(history.get(key, []), float)
             x = 1.0 + np.asarray(history.get("epoch", range(len(y))), float)[: len(y)]
             x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-            line.set(data=(x, y), marker="o" if len(y) < 25 else "")
+            line.set(data=(x, y), markersize=3 if len(y) < 25 else 0)
             whole = x % 1 == 0  # an epoch that is going on has a fraction, and cannot be the best one yet
             if whole.any():
                 scored = key, x[whole], y[whole]
@@ -143,8 +143,8 @@ def _empty_panels(count):
         ax.spines[["top", "right"]].set_visible(False)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        ax.plot([], [], color=TRAINING, label="training", ms=3)
-        ax.plot([], [], color=VALIDATION, label="validation", ms=3, ls="--")
+        ax.plot([], [], color=TRAINING, label="training", marker="o")
+        ax.plot([], [], color=VALIDATION, label="validation", marker="o", ls="--")
         ax.plot([], [], "o", color="black", ms=8, mfc="none", mew=1.8, zorder=3)
         ax.axvline(0, color=MUTED, lw=1.2, ls=":")
         ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=MUTED)
@@ -206,8 +206,9 @@ class _Plotter(_Recorder):
 
     def _show(self, figure):
         self._figure, buffer = figure, io.BytesIO()
-        # Light compression: most of a redraw's time would otherwise go into making the file a little smaller.
-        figure.canvas.print_png(buffer, pil_kwargs={"compress_level": 1})
+        # A canvas of its own, as Matplotlib keeps the size of each text it ever drew on one; light compression, as most
+        # of a redraw's time would otherwise go into making the file a little smaller.
+        FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
         in_kernel = hasattr(shell, "kernel")  # Jupyter, Colab or a notebook runner; not a script or a terminal
         if in_kernel:

@@ -1,14 +1,18 @@
 """Time, memory and notebook size of the live view: ours, livelossplot 0.6.1 and the plain recipe, on the same logs.
 
-    python benchmarks/live_view.py          needs livelossplot==0.6.1; prints two tables, draws Images/live_view.png
+    python benchmarks/live_view.py          needs livelossplot==0.6.1; prints three tables, draws Images/live_view.png
 
 All three redraw the curves after each of 600 epochs in one real Jupyter kernel, each in a cell of its own, in turn and
 twice over. A redraw is timed from the call until the picture is handed to the kernel's messaging. Then ours alone for
-2,000 epochs in a fresh kernel. Each time is the median of the ten redraws up to that epoch.
+2,000 epochs in a fresh kernel. Each time is the median of the ten redraws up to that epoch. At last, what the confusion
+matrix adds to an epoch of the notebook's training.
 """
 
 import json
+import os
 import statistics
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -29,7 +33,8 @@ noise = np.random.default_rng(0).random((2000, 4)) / 20
 
 def logs(epoch):
     x, (a, b, c, d) = 1 / (1 + epoch / 20), noise[epoch]
-    return {{"loss": 2 * x + a, "val_loss": 2.1 * x + b, "accuracy": 1 - 0.9 * x - c, "val_accuracy": 0.95 - 0.85 * x - d}}
+    losses = {{"loss": 2 * x + a, "val_loss": 2.1 * x + b}}
+    return {{**losses, "accuracy": 1 - 0.9 * x - c, "val_accuracy": 0.95 - 0.85 * x - d}}
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -75,8 +80,8 @@ def measure(method, epochs):
         ms.append((time.perf_counter() - began) * 1000)
         memory.append(resident())
     ends = [n for n in (10, 20, 100, 600, 2000) if n <= epochs]
-    return {{"ms": {{str(n): np.median(ms[n - 10 : n]) for n in ends}}, "grown": memory[-1] - memory[min(50, epochs) - 1],
-            "open": len(plt.get_fignums())}}
+    times = {{str(n): np.median(ms[n - 10 : n]) for n in ends}}
+    return {{"ms": times, "grown": memory[-1] - memory[min(50, epochs) - 1], "open": len(plt.get_fignums())}}
 """
 NAMES = {
     "ours": "AccLossPlotter",
@@ -120,6 +125,53 @@ def main():
     print(f"| notebook larger than after 6 epochs | {many['kB'] - six['kB']:.0f} kB |")
     print(f"| pyplot figures open | {many['open']} |")
     draw(ms)
+    matrix()
+
+
+def matrix():
+    """What a ConfusionMatrixPlotter adds to an epoch of 180 batches of 250 images, and 5,000 to validate on."""
+    sys.path.insert(0, str(ROOT))
+    import keras
+    import numpy as np
+    import tensorflow as tf
+    from resume import network
+
+    from visual_callbacks import ConfusionMatrixPlotter
+
+    def seconds(function, times, *arguments):
+        function(*arguments)
+        taken = []
+        for _ in range(times):
+            began = time.perf_counter()
+            function(*arguments)
+            taken.append(time.perf_counter() - began)
+        return statistics.median(taken)
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    x, y = np.zeros((5000, 32, 32, 3), "float32"), np.eye(10, dtype="float32")[np.arange(5000) % 10]
+    metric = keras.metrics.OneHotMeanIoU(10)
+    model, update = network(metrics=["accuracy", metric]), tf.function(metric.update_state)
+    epoch = 9 * seconds(lambda: model.fit(x, y, 250, verbose=0), 3)
+    epoch += seconds(lambda: model.evaluate(x, y, 500, verbose=0), 3)  # which leaves its matrix in the metric
+    classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    held, other = ConfusionMatrixPlotter(x, y, classes), ConfusionMatrixPlotter(x[1:], y[1:], classes)
+    shares = {}
+    for name, plotter in (("held by the compiled metric", held), ("by a second `predict`", other)):
+        plotter.set_model(model)
+        shares[name] = seconds(plotter.on_epoch_end, 5, 0, {"loss": 1.0}) / epoch
+    shares["held by the compiled metric"] += 200 * seconds(update, 50, y[:250], y[:250]) / epoch
+    small = ConfusionMatrixPlotter(x[:250], y[:250], classes)
+    small.set_model(model)
+    memory = []
+    for _ in range(250):
+        small.confusion_matrix()
+        memory.append(resident())
+    print("\n| the confusion matrix | |\n| --- | --- |")
+    for name, share in shares.items():
+        print(f"| {name}: adds to the default epoch | {share:.2%} |")
+    print(f"| memory grown by 200 predictions, after the first 50 | {memory[-1] - memory[49]:.1f} MB |")
 
 
 def draw(ms):

@@ -135,13 +135,10 @@ def table():
         print(f"| {name} |", " | ".join(cells), "|", flush=True)
 
 
-def cost():
-    """Time of one save of the notebook's network, ours against ModelCheckpoint's, in turn in one process."""
+def network(**options):
+    """One of the size of the notebook's, compiled."""
     import keras
-    import numpy as np
     from keras import layers
-
-    from visual_callbacks import ResumableCheckpoint
 
     stack = [keras.Input((32, 32, 3)), layers.Conv2D(24, 2)]
     for filters in (64, 256, 256):
@@ -149,7 +146,18 @@ def cost():
         stack += [layers.BatchNormalization(), layers.Conv2D(filters, 3, padding="same", use_bias=False)]
         stack += [layers.BatchNormalization(), layers.Activation("gelu"), layers.Dropout(0.05)]
     model = keras.Sequential([*stack, layers.GlobalMaxPooling2D(), layers.Dense(10, activation="softmax")])
-    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "categorical_crossentropy")
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "categorical_crossentropy", **options)
+    return model
+
+
+def cost():
+    """Time of one save of the notebook's network, ours against ModelCheckpoint's, in turn in one process."""
+    import keras
+    import numpy as np
+
+    from visual_callbacks import ResumableCheckpoint
+
+    model = network()
     x, y = np.zeros((8, 32, 32, 3), "float32"), np.eye(10, dtype="float32")[np.zeros(8, int)]
     times = {"ours": [], "ours, also best": [], "ModelCheckpoint": []}
     with tempfile.TemporaryDirectory() as work:

@@ -5,7 +5,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from conftest import CLASSES
+from conftest import CLASSES, ROOT
+from matplotlib.testing.compare import compare_images
 
 from visual_callbacks import AccLossPlotter, ConfusionMatrixPlotter, plot_confusion_matrix, plot_history
 
@@ -94,6 +95,63 @@ def test_the_seam_of_a_resumed_training_is_marked(data, build):
     assert curve(plotter._figure, 1, "resumed after epoch 2")[0] == [2.5, 2.5]
     fit(model, x, np.eye(3)[y], [plotter], epochs=2)  # from the start again: the old curve is gone
     assert curve(plotter._figure, 1, "training")[0] == [1, 2]
+
+
+def curves(epochs):
+    x = 1 / (1 + np.arange(epochs) / 9)
+    return {"accuracy": 1 - 0.9 * x, "val_accuracy": 0.95 - 0.85 * x, "loss": 2 * x, "val_loss": 0.1 + 2 * x**1.3}
+
+
+MATRIX = np.random.default_rng(0).integers(0, 40, (10, 10)) + 400 * np.eye(10, dtype=int)
+NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+PICTURES = {
+    "history": lambda again: plot_history(curves(40), resumed_at=12, title="made up · epoch 40/99", figure=again),
+    "first_epochs": lambda again: plot_history(curves(4), ["loss"], figure=again),
+    "confusion_matrix": lambda again: plot_confusion_matrix(MATRIX, NAMES, ax=again and again.axes[0]),
+    "shares": lambda again: plot_confusion_matrix(np.eye(2), ["no", "yes"], True, "Greens", ax=again and again.axes[0]),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_pictures_look_as_they_did(name, tmp_path):
+    """But for letters and the legend, to which each version of Matplotlib gives another size; other tests read them.
+
+    To renew tests/reference after a wished-for change: look at what this test leaves in tests/artefacts, and copy it.
+    """
+    artefact, figure = ROOT / "tests" / "artefacts" / f"{name}.png", PICTURES[name](None)
+    figure.canvas.draw()
+    for artist in figure.findobj(lambda artist: isinstance(artist, (matplotlib.text.Text, matplotlib.legend.Legend))):
+        artist.set_visible(False)
+    artefact.parent.mkdir(exist_ok=True)
+    figure.savefig(artefact)
+    # Root mean square of the differences, of 255: a curve, a marker or a grid line that is missing makes more than 2.
+    assert not compare_images(ROOT / "tests" / "reference" / f"{name}.png", artefact, tol=1)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_drawing_again_in_the_same_figure_equals_drawing_anew(name):
+    others = plot_history(curves(60), ["loss"] if name == "first_epochs" else ("acc", "loss"), 3)
+    if name in ("confusion_matrix", "shares"):
+        others = plot_confusion_matrix(np.ones((2, 2)), ["no", "yes"], True, "Greens", "Other")
+        if name == "confusion_matrix":
+            others = plot_confusion_matrix(np.ones((10, 10)), NAMES, title="Other")
+    again, anew = PICTURES[name](others), PICTURES[name](None)
+    assert again is others
+    pixels = []
+    for figure in (again, anew):
+        figure.canvas.draw()
+        pixels.append(np.asarray(figure.canvas.buffer_rgba()))
+    assert (pixels[0] == pixels[1]).all()
+
+
+def test_each_plotter_keeps_its_one_figure(data, build):
+    x, y = data
+    plotters = [AccLossPlotter(verbose=0), ConfusionMatrixPlotter(x, y, CLASSES)]
+    figures = [set(), set()]
+    for plotter, seen in zip(plotters, figures):
+        plotter._show = lambda figure, show=plotter._show, seen=seen: (seen.add(id(figure)), show(figure))
+    fit(build(), x, np.eye(3)[y], plotters, epochs=3)
+    assert [len(seen) for seen in figures] == [1, 1]
 
 
 def test_text_stays_inside_the_picture_and_apart():
