@@ -1,5 +1,7 @@
 """The plotters outside a kernel: what they draw, what they write, what they refuse."""
 
+from types import SimpleNamespace
+
 import keras
 import matplotlib
 import matplotlib.pyplot as plt
@@ -8,6 +10,7 @@ import pytest
 from conftest import CLASSES, ROOT
 from matplotlib.testing.compare import compare_images
 
+import visual_callbacks
 from visual_callbacks import AccLossPlotter, ConfusionMatrixPlotter, plot_confusion_matrix, plot_history
 
 
@@ -157,6 +160,74 @@ def test_each_plotter_keeps_its_one_figure(data, build):
         plotter._show = lambda figure, show=plotter._show, seen=seen: (seen.add(id(figure)), show(figure))
     fit(build(), x, np.eye(3)[y], plotters, epochs=3)
     assert [len(seen) for seen in figures] == [1, 1]
+
+
+class Titles(list):
+    """What stands above the curves at each redraw of a plotter, on a clock that a test can move."""
+
+    def __init__(self, plotter, monkeypatch):
+        self.now, self.last_x, show = 0.0, [], plotter._show
+        monkeypatch.setattr(visual_callbacks, "time", SimpleNamespace(monotonic=lambda: self.now))
+        plotter._show = lambda figure: (self.append(figure.texts[0].get_text()), self.note(figure), show(figure))
+
+    def note(self, figure):
+        self.last_x += [float(x[-1]) for line in figure.axes[1].lines[:1] if len(x := line.get_xdata())]
+
+    def slow_batches(self, seconds):
+        def pass_by(batch, logs):
+            self.now += seconds
+
+        return keras.callbacks.LambdaCallback(on_train_batch_begin=pass_by)
+
+
+def test_a_long_epoch_shows_its_running_values_and_the_time_left(data, build, monkeypatch):
+    x, y = data[0], np.eye(3)[data[1]]
+    plotter, model = AccLossPlotter(verbose=0), build()
+    titles = Titles(plotter, monkeypatch)
+    callbacks = [titles.slow_batches(0.7), plotter]
+    model.fit(x, y, 10, 2, verbose=0, callbacks=callbacks)
+    assert [title.split(" · ")[0] for title in titles] == [
+        "starting",  # before the first batch
+        "33% of epoch 1/2, 0 min 10 s left",
+        "67% of epoch 1/2, 0 min 8 s left",
+        "100% of epoch 1/2, 0 min 6 s left",
+        "epoch 1/2, 0 min 6 s left",
+        "33% of epoch 2/2, 0 min 4 s left",
+        "67% of epoch 2/2, 0 min 2 s left",
+        "100% of epoch 2/2, 0 min 0 s left",
+        "epoch 2/2, 0 min 0 s left",
+        "2 epochs in 0 min 13 s",
+    ]
+    assert np.allclose(titles.last_x, [1 / 3, 2 / 3, 1, 1, 4 / 3, 5 / 3, 2, 2, 2])
+    titles.clear()
+    model.fit(x, y, 10, 10, verbose=0, callbacks=callbacks, initial_epoch=5)
+    assert titles[1].startswith("33% of epoch 6/10, 0 min 29 s left")  # right after a resume, too
+    assert titles[-1].startswith("10 epochs · ")  # how long the first five took is not known
+
+
+def test_short_epochs_are_drawn_once(data, build, monkeypatch):
+    plotter = AccLossPlotter(verbose=0)
+    titles = Titles(plotter, monkeypatch)
+    callbacks = [titles.slow_batches(0.2), plotter]
+    build().fit(data[0], np.eye(3)[data[1]], 10, 3, verbose=0, callbacks=callbacks)
+    assert len(titles) == 1 + 3 + 1
+
+
+def test_the_learning_rate_is_shown_as_it_changes(data, build, monkeypatch):
+    plotter = AccLossPlotter(verbose=0)
+    titles = Titles(plotter, monkeypatch)
+    halve = keras.callbacks.LearningRateScheduler(lambda epoch: 0.5 ** (epoch + 1))
+    fit(build(), data[0], np.eye(3)[data[1]], [halve, plotter], epochs=2)
+    assert [title.split(" · ")[-1] for title in titles[1:]] == [f"learning rate {rate}" for rate in (0.5, 0.25, 0.25)]
+
+
+def test_any_logged_metric_gets_a_panel_on_request(data, build):
+    plotter = AccLossPlotter(["loss", "mean_io_u", "recall"], verbose=0)
+    model = build(metrics=[keras.metrics.OneHotMeanIoU(3, name="mean_io_u"), keras.metrics.Recall(name="recall")])
+    history = fit(model, data[0], np.eye(3)[data[1]], [plotter], epochs=3)
+    for panel, name in enumerate(("loss", "mean_io_u", "recall")):
+        assert plotter._figure.axes[panel].get_ylabel() == name
+        assert curve(plotter._figure, panel, "validation")[1] == history.history[f"val_{name}"]
 
 
 def test_text_stays_inside_the_picture_and_apart():

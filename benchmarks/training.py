@@ -1,0 +1,94 @@
+"""How near the notebook's training comes to what the machine can do.
+
+    CIFAR10_NPZ=cifar10.npz python benchmarks/training.py [NAME=VALUE ...]
+
+Runs the notebook's own cells up to the training (with other knobs, where given), then its `fit`, with augmentation and
+callbacks, over a part of an epoch, in turn with a product of two 4096 x 4096 float32 matrices. Prints images a second,
+the network's operations (FLOP) an image, and the share of the matrix product's rate, each the median of five. Training
+counts three times the forward pass's operations.
+"""
+
+import contextlib
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib
+import nbformat
+
+ROOT = Path(__file__).parent.parent
+
+
+def cells_before_training(**knobs):
+    """Executes the notebook up to its training, with other values for some knobs; returns its names."""
+    matplotlib.use("Agg")
+    names = {"__name__": "__main__"}
+    for cell in nbformat.read(ROOT / "CIFAR_10_Classification.ipynb", 4).cells:
+        if "history = model.fit(" in cell.source:
+            break
+        if cell.cell_type == "code":
+            with contextlib.redirect_stdout(None):
+                exec(cell.source, names)
+        if "parameters" in cell.metadata.get("tags", ()):
+            names.update(knobs)
+    return names
+
+
+def forward_flop(model):
+    """Multiplications and additions of one image's way through the network's convolutions and dense layers."""
+    flop = 0
+    for layer in model.layers:
+        if hasattr(layer, "kernel"):
+            flop += 2 * math.prod(layer.output.shape[1:-1]) * math.prod(layer.kernel.shape)
+    return flop
+
+
+def seconds(function):
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def main(batches=40):
+    knobs = dict(argument.split("=") for argument in sys.argv[1:])
+    data = os.environ.get("CIFAR10_NPZ")
+    work = tempfile.TemporaryDirectory()
+    sys.path.insert(0, str(ROOT))
+    if data:
+        os.environ["CIFAR10_NPZ"] = str(Path(data).absolute())
+    os.chdir(work.name)  # where the run's folder and pictures go
+    names = cells_before_training(**{name: eval(value) for name, value in knobs.items()})
+    import tensorflow as tf
+
+    model, train_data, size = names["model"], names["train_data"], names["BATCH_SIZE"]
+
+    class Part(type(train_data)):
+        def __len__(self):
+            return batches
+
+    train_data.__class__ = Part
+    callbacks = [callback for callback in names["callbacks"] if callback is not names["checkpoint"]]
+    matrix = tf.random.normal((4096, 4096))
+    product = tf.function(lambda: tf.reduce_sum(tf.matmul(matrix, matrix)))
+    fit_times, product_times = [], []
+    for _ in range(6):  # the first of each warms up
+        product_times.append(min(seconds(lambda: product().numpy()) for _ in range(5)))
+        fit_times.append(seconds(lambda: model.fit(train_data, shuffle=False, verbose=0, callbacks=callbacks)))
+    flop = forward_flop(model)
+    images = size * batches / statistics.median(fit_times[1:])
+    limit = 2 * 4096**3 / statistics.median(product_times[1:])
+    rates = [3 * flop * size * batches / f / (2 * 4096**3 / p) for f, p in zip(fit_times[1:], product_times[1:])]
+    print(
+        f"{images:.0f} images a second, {flop / 1e9:.3f} GFLOP forward an image, {3 * flop * images / 1e9:.0f} GFLOP/s"
+    )
+    print(f"matrix product {limit / 1e9:.0f} GFLOP/s; share of it {statistics.median(rates):.2f}")
+    total = 3 * flop * len(names["y_train"]) * names["EPOCHS"]
+    print(f"a whole training of {names['EPOCHS']} epochs: {total / 1e15:.3f} PFLOP")
+
+
+if __name__ == "__main__":
+    main()
