@@ -7,9 +7,8 @@ Copy this one file beside any Keras 3 notebook or script (TensorFlow, JAX or PyT
               callbacks=[early_stopping, AccLossPlotter(), ConfusionMatrixPlotter(x_val, y_val, classes), checkpoint],
               initial_epoch=checkpoint.restore(model))
 
-A wrong argument raises at once a ValueError or a TypeError that names it. The plotters' names, argument order and
-defaults are those of chasingbob/keras-visuals; recording apart from drawing is an idea of livelossplot, a backup that
-`fit` continues from one of Keras's BackupAndRestore.
+A wrong argument is named at once in a ValueError or TypeError. The plotters take the arguments of chasingbob's
+keras-visuals; the idea to record apart from drawing is livelossplot's, that of a backup Keras's BackupAndRestore's.
 """
 
 import contextlib
@@ -31,7 +30,6 @@ from pathlib import Path
 
 import h5py
 import keras
-import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -40,7 +38,6 @@ from matplotlib.ticker import MaxNLocator
 __all__ = ["AccLossPlotter", "ConfusionMatrixPlotter", "ResumableCheckpoint", "plot_confusion_matrix", "plot_history"]
 
 TRAINING, VALIDATION, MUTED = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito's colours, safe for colour-blind readers
-# Metrics of which more is better, by a part of their names.
 _HIGHER_IS_BETTER = re.compile("acc|auc|precision|recall|f1|fbeta|iou|r2|similarity|true_")
 _GROUP = "resumable_checkpoint"
 _MARK = b"SHA-256 of this file, with zeros for the 64 digits that follow: "
@@ -59,7 +56,7 @@ def _expect(good, argument, wanted, got, error=ValueError):
 
 
 def _number(value):
-    # Keras logs floats; NumPy would take its time over thousands of epochs. It makes nan of None.
+    # NumPy makes nan of None, but would take its time over the floats of thousands of epochs.
     return value if isinstance(value, float) else float(np.mean(np.asarray(value, float)))
 
 
@@ -73,8 +70,7 @@ class _Recorder(keras.callbacks.Callback):
         return self._of_models.setdefault(self.model, {})
 
     def on_epoch_begin(self, epoch, logs=None):
-        for again in [known for known in self._records if known >= epoch]:
-            del self._records[again]
+        self._of_models[self.model] = {past: logs for past, logs in self._records.items() if past < epoch}
 
     def on_epoch_end(self, epoch, logs=None):
         # The dict itself, not a copy: callbacks later in the list add to it (the learning rate, say).
@@ -119,9 +115,8 @@ def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title="", fig
         seam.set_data([] if resumed_at is None else [resumed_at + 0.5] * 2, [] if resumed_at is None else [0, 1])
         seam.set_label(f"resumed after epoch {resumed_at}")
         ax.relim()
-        ax.set_xlim(0, 1.03 * max(1, ax.dataLim.x1))
+        ax.set(xlim=(0, 1.03 * max(1, ax.dataLim.x1)), ylabel=name or graph)
         ax.autoscale_view(scalex=False)
-        ax.set_ylabel(name or graph)
         ax.texts[0].set_text(f"no {graph!r} was logged, only\n" + ",\n".join(names[:8]) if names and not name else "")
         shown, legend = [line for line in ax.lines if len(line.get_xdata())], ax.get_legend()
         if not legend or len(legend.get_texts()) != len(shown):
@@ -137,8 +132,7 @@ def _empty_panels(count):
     figure = FigureCanvasAgg(Figure(figsize=(width, 4), dpi=100)).figure
     figure.text(0.5, 0.97, "", ha="center", va="top")
     for index in range(count):
-        ax = figure.add_axes(((4.8 * index + 0.75) / width, 0.13, 3.9 / width, 0.62))
-        ax.set(xlabel="epoch", ymargin=0.06)
+        ax = figure.add_axes(((4.8 * index + 0.75) / width, 0.13, 3.9 / width, 0.62), xlabel="epoch", ymargin=0.06)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -164,7 +158,6 @@ def plot_confusion_matrix(matrix, classes, normalize=False, cmap="Blues", title=
     """
     matrix, count = np.asarray(matrix, float), len(classes)
     _expect(not isinstance(classes, str) and count > 1, "classes", "at least two names", classes)
-    _expect(callable(cmap) or cmap in matplotlib.colormaps, "cmap", "a colormap or the name of one", cmap)
     _expect(matrix.shape == (count, count), "matrix", f"an array of shape {(count, count)}", matrix.shape)
     _expect(not (matrix < 0).any(), "matrix", "counts from 0", matrix.min())
     names, font = [str(name) for name in classes], max(4, min(10, 420 / count))
@@ -203,8 +196,7 @@ class _Plotter(_Recorder):
 
     def _show(self, figure):
         self._figure, buffer = figure, io.BytesIO()
-        # A canvas of its own, as Matplotlib keeps the size of each text it ever drew on one; light compression, as most
-        # of a redraw's time would otherwise go into making the file a little smaller.
+        # A new canvas, as one keeps the size of every text it ever drew; light compression, as more takes longest.
         FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
         in_kernel = hasattr(shell, "kernel")  # Jupyter, Colab or a notebook runner; not a script or a terminal
@@ -228,15 +220,12 @@ def _duration(seconds):
 
 
 class AccLossPlotter(_Plotter):
-    """Redraws the accuracy and loss curves while a model trains, with the best epoch and the resume seam marked.
-
-    Inside a long epoch the running values are shown every two seconds, with the time left for the whole run.
+    """Redraws the curves after each epoch, and every two seconds inside a long one, with best epoch, seam, time left.
 
     Args:
         graphs: the panels, by metric name; `"acc"` stands for whatever accuracy is logged.
-        save_graph: also keep the picture current in a file. Without a kernel (a plain script) it always is.
+        save_graph: also keep the picture current in the file `path`. Without a kernel (a plain script) it always is.
         title: text above the panels, before the progress.
-        path: the file for the picture.
         verbose: 1 prints one line an epoch, 0 nothing.
     """
 
@@ -304,25 +293,20 @@ class ConfusionMatrixPlotter(_Plotter):
         X_val: images, an array whose first axis counts them.
         Y_val: their labels: integers of shape (n,) or (n, 1), or one-hot of shape (n, classes).
         classes: the class names, in the order of the labels.
-        normalize, cmap: as for `plot_confusion_matrix`.
-        title: text above the matrix; the epoch is added.
+        normalize, cmap, title: as for `plot_confusion_matrix`; the epoch is added to the title.
         every: redraw after every so many epochs.
         save_graph, path: as for `AccLossPlotter`.
     """
 
-    def __init__(
-        self, X_val, Y_val, classes, normalize=False, cmap="Blues", title="Confusion Matrix", every=1, save_graph=False,
-        path="confusion_matrix.png",
-    ):  # fmt: skip
+    def __init__(self, X_val, Y_val, classes, normalize=False, cmap="Blues", title="Confusion Matrix", every=1,
+                 save_graph=False, path="confusion_matrix.png"):  # fmt: skip
         super().__init__(path, save_graph)
         labels, size, count, self._style = np.asarray(Y_val), len(X_val), len(classes), (classes, normalize, cmap)
         plot_confusion_matrix(np.zeros((count, count)), *self._style)  # which checks them
         if labels.shape[1:] in ((1,), (count,)):
             labels = labels.argmax(axis=1) if labels.shape[1] == count else labels[:, 0]
-        shapes = f"labels of shape {(size,)}, as X_val has it, or one-hot of shape {(size, count)}"
-        _expect(labels.shape == (size,), "Y_val", shapes, np.shape(Y_val))
-        whole = size and np.isin(labels, range(count)).all()
-        _expect(whole, "Y_val", f"whole numbers from 0 to {count - 1}, one for each of classes", labels)
+        _expect(labels.shape == (size,), "Y_val", f"shape {(size,)} or, one-hot, {(size, count)}", np.shape(Y_val))
+        _expect(size and np.isin(labels, range(count)).all(), "Y_val", f"whole numbers from 0 to {count - 1}", labels)
         _expect(type(every) is int and every > 0, "every", "a whole number of epochs, at least 1", every)
         self.X_val, self.labels, self.title, self.every = X_val, labels.astype(int), title, every
         self._images = np.bincount(self.labels, minlength=count)  # of each class
@@ -364,12 +348,11 @@ class ResumableCheckpoint(_Recorder):
     """Saves a training after every epoch so exactly that continuing it equals never having stopped.
 
     `saved_model.hdf5` is renewed after every epoch, `best_model.hdf5` when the monitored value improves. Plain Keras
-    opens both, by `load_weights` and by `load_model`, which returns an uncompiled model: the optimizer is in a group of
-    our own, with the seed states of dropout and augmentation layers, the epoch, history, best value, counters of
-    `callbacks`, random states of Python, NumPy and PyTorch, and a SHA-256 of the whole file.
-    The one way to use it, shown above, starts a training, continues it and at last only shows the curves.
+    opens both, by `load_weights` or `load_model`, which returns an uncompiled model: a group of our own holds the
+    optimizer, seed states of layers, epoch, history, best value, counters of `callbacks`, the global random states of
+    Python, NumPy and PyTorch, and a SHA-256 of the whole file.
 
-    That the data comes in the same order again is the caller's part, as Keras keeps no state of its own shuffling: pass
+    Keras keeps no state of its shuffling, so that data comes in the same order again is the caller's part: pass
     `shuffle=False` and a `keras.utils.PyDataset` that derives order and augmentation from a seed and the epoch.
 
     Args:
@@ -407,8 +390,8 @@ class ResumableCheckpoint(_Recorder):
             ValueError: the model is not compiled or not built; or model, optimizer, loss or settings differ from the
                 saved ones (each difference is listed); or no file can be used. No file is changed then.
         """
-        if not getattr(model, "compiled", False):
-            raise ValueError("model: compile it before restore(model), so that the optimizer's state has a place to go")
+        if not (getattr(model, "compiled", False) and model.built):
+            raise ValueError("model: compile it and build it (begin it with keras.Input(shape)) before restore(model)")
         self._restored = self._next_epoch = self.best = self.best_epoch = None
         self.set_model(model)
         self._records.clear()
@@ -450,8 +433,6 @@ class ResumableCheckpoint(_Recorder):
         lines = [f"  {name}: saved {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
         if lines:
             raise ValueError("\n".join(["it belongs to another training:", *lines]))
-        if not model.built:
-            raise ValueError("model: build it before restore(model); begin it with keras.Input(shape), for example")
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         model.load_weights(path)
@@ -465,9 +446,8 @@ class ResumableCheckpoint(_Recorder):
         names = {layer.name: f"layer {i}" for i, layer in enumerate(_all_layers(model))}
         # Layers are called by their position, as a model built again in the same kernel has other generated names.
         architecture = re.sub(r'"([^"\\]*)"', lambda m: json.dumps(names.get(m[1], m[1])), model.to_json())
-        kinds = {"model": json.loads(architecture)}
+        kinds = {"model": json.loads(architecture), "callbacks": [type(c).__name__ for c in self.callbacks]}
         kinds |= {name: keras.saving.serialize_keras_object(getattr(model, name)) for name in ("loss", "optimizer")}
-        kinds["callbacks"] = [type(callback).__name__ for callback in self.callbacks]
         kinds["monitor"] = f"{self.monitor} ({'max' if self._maximise else 'min'})"
         return dict(_flat(_plain(kinds))) | {f"settings.{name}": value for name, value in self.settings.items()}
 
@@ -487,10 +467,8 @@ class ResumableCheckpoint(_Recorder):
         self._began = self._told_nan = False
         self._failure = self._best_model = self._best_file = None
         if self._restored:
-            self.model.history.history.clear()
-            for past in self._records.values():
-                for name, value in past.items():
-                    self.model.history.history.setdefault(name, []).append(value)
+            names = dict.fromkeys(name for logs in self._records.values() for name in logs)
+            self.model.history.history = {n: [logs[n] for logs in self._records.values() if n in logs] for n in names}
         self._watch_for_interrupt()
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -547,12 +525,10 @@ class ResumableCheckpoint(_Recorder):
         bad = [name for name, values in numbers if values.dtype.kind == "f" and not np.isfinite(values).all()]
         if bad:
             if not self._told_nan:
-                kept = f"The last finite state (after epoch {self._next_epoch}) is kept."
-                again = "An exact resume will meet the same again: lower the learning rate."
-                warnings.warn(f"Epoch {epoch + 1} is not saved, as {bad[0]} is nan or infinite. {kept} {again}")
+                again = f"Resumed after epoch {self._next_epoch}, it will meet the same again: lower the learning rate."
+                warnings.warn(f"Epoch {epoch + 1} is not saved, as {bad[0]} is nan or infinite. {again}")
             self._told_nan = True
             return
-        # What Keras leaves out: arrays by name, and plain data.
         arrays = {f"optimizer/{i}": v for i, v in enumerate(_values(model.optimizer.variables))}
         arrays |= {f"seeds/{i}": v for i, v in enumerate(_values(_seeds(model)))}
         counters = [{name: getattr(c, name) for name in _COUNTERS if hasattr(c, name)} for c in self.callbacks]
@@ -606,9 +582,7 @@ def _plain(value):
 
 
 def _all_layers(model):
-    for layer in model.layers:
-        yield layer
-        yield from _all_layers(layer) if hasattr(layer, "layers") else ()
+    return [found for layer in getattr(model, "layers", ()) for found in (layer, *_all_layers(layer))]
 
 
 def _flat(value, path=""):
@@ -668,11 +642,10 @@ def _with_state(keras_part, state, arrays):
     """The bytes of a Keras HDF5 file with our group added, and in it a SHA-256 of the result."""
     buffer = io.BytesIO(keras_part)
     with h5py.File(buffer, "r+") as file:
-        group = file.create_group(_GROUP)  # of datasets, as HDF5 limits attributes to 64 KB
-        group["state"] = np.frombuffer(json.dumps(_plain(state)).encode(), np.uint8)
+        file[f"{_GROUP}/state"] = np.frombuffer(json.dumps(_plain(state)).encode(), np.uint8)  # attributes end at 64 KB
         for name, values in arrays.items():
-            group[f"arrays/{name}"] = values
-        group["sha256"] = np.frombuffer(_MARK + b"0" * 64, np.uint8)
+            file[f"{_GROUP}/arrays/{name}"] = values
+        file[f"{_GROUP}/sha256"] = np.frombuffer(_MARK + b"0" * 64, np.uint8)
     data = buffer.getvalue()
     at = data.index(_MARK) + len(_MARK)
     return data[:at] + hashlib.sha256(data).hexdigest().encode() + data[at + 64 :]
