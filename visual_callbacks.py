@@ -7,9 +7,8 @@ Copy this one file beside any Keras 3 notebook or script (TensorFlow, JAX or PyT
               callbacks=[early_stopping, AccLossPlotter(), ConfusionMatrixPlotter(x_val, y_val, classes), checkpoint],
               initial_epoch=checkpoint.restore(model))
 
-Everything here raises a ValueError or a TypeError that names the argument, as soon as it is given a wrong one. Names,
-argument order and defaults of the plotters are those of chasingbob/keras-visuals; recording apart from drawing is an
-idea of livelossplot, a backup that `fit` continues from one of Keras's BackupAndRestore.
+A wrong argument is named at once in a ValueError or TypeError. The plotters take the arguments of chasingbob's
+keras-visuals; the idea to record apart from drawing is livelossplot's, that of a backup Keras's BackupAndRestore's.
 """
 
 import contextlib
@@ -24,25 +23,20 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 import weakref
 from pathlib import Path
 
 import h5py
 import keras
-import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
-if keras.backend.backend() == "torch":
-    import torch
 
 __all__ = ["AccLossPlotter", "ConfusionMatrixPlotter", "ResumableCheckpoint", "plot_confusion_matrix", "plot_history"]
 
 TRAINING, VALIDATION, MUTED = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito's colours, safe for colour-blind readers
-# Metrics of which more is better, by a part of their names.
 _HIGHER_IS_BETTER = re.compile("acc|auc|precision|recall|f1|fbeta|iou|r2|similarity|true_")
 _GROUP = "resumable_checkpoint"
 _MARK = b"SHA-256 of this file, with zeros for the 64 digits that follow: "
@@ -51,12 +45,17 @@ _COUNTERS = ("best", "wait", "cooldown_counter", "best_epoch", "stopped_epoch", 
 _STATE = {"epoch", "next_epoch", "finished", "counters", "best", "best_epoch", "records", "random", "fingerprint"}
 # A config without generated names, seeds (their states are restored) and what is no part of a training.
 _GENERATED = {"name", "seed", "shared_object_id", "build_config", "compile_config", "keras_version", "backend"}
+torch = sys.modules["torch"] if keras.backend.backend() == "torch" else None
+
+
+def _expect(good, argument, wanted, got, error=ValueError):
+    if not good:
+        raise error(f"{argument}: expected {wanted}, got {got!r}")
 
 
 def _number(value):
-    if isinstance(value, float):  # as Keras logs it; NumPy would take its time over thousands of epochs
-        return value
-    return float(np.mean(value)) if value is not None and np.size(value) else np.nan
+    # NumPy makes nan of None, but would take its time over the floats of thousands of epochs.
+    return value if isinstance(value, float) else float(np.mean(np.asarray(value, float)))
 
 
 class _Recorder(keras.callbacks.Callback):
@@ -65,16 +64,15 @@ class _Recorder(keras.callbacks.Callback):
     _of_models = weakref.WeakKeyDictionary()
 
     @property
-    def _records(self):  # a list of {"epoch": from 0, "logs": dict}
-        return self._of_models.setdefault(self.model, [])
+    def _records(self):  # the logs by epoch, from 0
+        return self._of_models.setdefault(self.model, {})
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._records[:] = [record for record in self._records if record["epoch"] < epoch]
+        self._of_models[self.model] = {past: logs for past, logs in self._records.items() if past < epoch}
 
     def on_epoch_end(self, epoch, logs=None):
-        if not self._records or self._records[-1]["epoch"] != epoch:
-            # The dict itself, not a copy: callbacks later in the list add to it (the learning rate, say).
-            self._records.append({"epoch": epoch, "logs": {} if logs is None else logs})
+        # The dict itself, not a copy: callbacks later in the list add to it (the learning rate, say).
+        self._records[epoch] = {} if logs is None else logs
 
 
 def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title="", figure=None):
@@ -89,60 +87,51 @@ def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title="", fig
     """
     if isinstance(history, keras.callbacks.History):
         history = {**history.history, "epoch": history.epoch}
-    if not isinstance(history, dict):
-        raise TypeError(f"history: expected a keras History or a dict of lists, got {type(history).__name__}")
-    if isinstance(graphs, str) or not graphs or not all(isinstance(name, str) and name for name in graphs):
-        raise ValueError(f'graphs: expected a list of metric names such as ["acc", "loss"], got {graphs!r}')
+    _expect(isinstance(history, dict), "history", "a keras History or a dict of lists", history, TypeError)
+    named = not isinstance(graphs, str) and graphs and all(isinstance(name, str) and name for name in graphs)
+    _expect(named, "graphs", 'a list of metric names such as ["acc", "loss"]', graphs)
     names = [name for name in history if name != "epoch"]
     # Keras 2 logged `acc`, Keras 3 logs `accuracy` and its kin.
-    accuracies = [n for n in names if n == "acc" or n.endswith("accuracy") and not n.startswith("val_")]
-    # The artists are made once and then moved: quicker than plotting anew, and nothing is left for a garbage collector.
-    figure = figure or _empty_panels(len(graphs))
+    accuracies = [name for name in names if re.fullmatch("acc|(?!val_).*accuracy", name)]
+    figure = figure or _empty_panels(len(graphs))  # whose artists are then moved: quicker than plotting anew
     figure.texts[0].set_text(title)
     for ax, graph in zip(figure.axes, graphs):
         training, validation, best, seam, *samples = ax.lines
         note, *labels = ax.texts
         others = accuracies if graph in ("acc", "accuracy") else []
-        name, scored = next((name for name in [graph, *others] if name in names), None), None
+        name = next((name for name in [graph, *others] if name in names), None)
+        best.set_data([], [])
         for line, key in ((training, name), (validation, f"val_{name}")):
             y = np.asarray(history.get(key, []), float)
             x = 1.0 + np.asarray(history.get("epoch", range(len(y))), float)[: len(y)]
             x, y = x[np.isfinite(y)], y[np.isfinite(y)]
             line.set(data=(x, y), markersize=3 if len(y) < 25 else 0)
-            whole = x % 1 == 0  # an epoch that is going on has a fraction, and cannot be the best one yet
-            if whole.any():
-                scored = key, x[whole], y[whole]
-        best.set_data([], [])
-        if scored:
-            key, x, y = scored
-            index = y.argmax() if _HIGHER_IS_BETTER.search(key) else y.argmin()
-            best.set(data=([x[index]], [y[index]]), label=f"best {y[index]:.4g}, epoch {x[index]:.0f}")
+            x, y = x[x % 1 == 0], y[x % 1 == 0]  # an epoch that is going on has a fraction, and cannot be the best yet
+            if len(y):  # of the two curves, the later one decides: validation, where there is any
+                index = y.argmax() if _HIGHER_IS_BETTER.search(key) else y.argmin()
+                best.set(data=([x[index]], [y[index]]), label=f"best {y[index]:.4g}, epoch {x[index]:.0f}")
         seam.set_data([] if resumed_at is None else [resumed_at + 0.5] * 2, [] if resumed_at is None else [0, 1])
         seam.set_label(f"resumed after epoch {resumed_at}")
         ax.relim()
-        ax.set_xlim(0, 1.03 * max(1, ax.dataLim.x1))
+        ax.set(xlim=(0, 1.03 * max(1, ax.dataLim.x1)), ylabel=name or graph)
         ax.autoscale_view(scalex=False)
-        ax.set_ylabel(name or graph)
         note.set_text(f"no {graph!r} was logged, only\n" + ",\n".join(names[:8]) if names and not name else "")
         for line, sample, text in zip(ax.lines, samples, labels):
-            shown = len(line.get_xdata()) > 0
-            sample.set_visible(shown)
-            text.set_text(line.get_label() if shown else "")
+            text.set_text(line.get_label() if len(line.get_xdata()) else "")
+            sample.set_visible(bool(text.get_text()))
     return figure
 
 
 def _empty_panels(count):
-    width = 4.8 * count
-    figure = FigureCanvasAgg(Figure(figsize=(width, 4), dpi=100)).figure
+    figure = FigureCanvasAgg(Figure(figsize=(4.8 * count, 4), dpi=100)).figure
     figure.text(0.5, 0.97, "", ha="center", va="top")
     for index in range(count):
-        ax = figure.add_axes(((4.8 * index + 0.75) / width, 0.13, 3.9 / width, 0.62))
-        ax.set(xlabel="epoch", ymargin=0.06)
+        ax = figure.add_axes(((index + 0.156) / count, 0.13, 0.812 / count, 0.62), xlabel="epoch", ymargin=0.06)
         ax.grid(alpha=0.3)
         ax.tick_params(bottom=False, left=False)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        ax.locator_params(nbins=5)
+        ax.locator_params("x", integer=True)
         ax.plot([], [], color=TRAINING, label="training", marker="o", ms=0)
         ax.plot([], [], color=VALIDATION, label="validation", marker="o", ms=0, ls="--")
         ax.plot([], [], "o", color="black", ms=8, mfc="none", mew=1.8, zorder=3)
@@ -170,24 +159,19 @@ def plot_confusion_matrix(matrix, classes, normalize=False, cmap="Blues", title=
         ax: a Matplotlib axes to draw in, instead of a new figure; an earlier drawing in it is changed in place.
     """
     matrix, count = np.asarray(matrix, float), len(classes)
-    if isinstance(classes, str) or count < 2:
-        raise ValueError(f"classes: expected at least two names, got {classes!r}")
-    if not callable(cmap) and cmap not in matplotlib.colormaps:
-        raise ValueError(f"cmap: expected a colormap or the name of one, got {cmap!r}")
-    if matrix.shape != (count, count) or (matrix < 0).any():
-        raise ValueError(f"matrix: expected counts of shape {(count, count)}, got an array of shape {matrix.shape}")
+    _expect(not isinstance(classes, str) and count > 1, "classes", "at least two names", classes)
+    _expect(matrix.shape == (count, count) and (matrix >= 0).all(), "matrix", f"{count} x {count} counts", matrix)
     names, font = [str(name) for name in classes], max(4, min(10, 420 / count))
-    bar = None
     if ax is None:
         # Margins that hold the longest name, so that the axes keep their place from one drawing to the next.
         side, margin = max(2.6, min(0.5 * count, 8.2)), 0.6 + 0.0088 * font * max(map(len, names))
         width, height = side + margin + 1.3, side + margin + 0.5
         figure = FigureCanvasAgg(Figure(figsize=(width, height), dpi=100)).figure
         ax = figure.add_axes(((margin + 0.4) / width, margin / height, side / width, side / height))
-        bar = figure.add_axes(((margin + side + 0.5) / width, margin / height, 0.12 / width, side / height))
     if not ax.images:
         image = ax.imshow(matrix, cmap=cmap)
-        bar = ax.figure.colorbar(image, cax=bar or ax.inset_axes((1.02, 0, 0.04, 1)))
+        inch = ax.figure.dpi / ax.bbox.width
+        bar = ax.figure.colorbar(image, cax=ax.inset_axes((1 + 0.1 * inch, 0, 0.12 * inch, 1)))
         bar.set_label("share of the true class" if normalize else "images")
         ax.set(xlabel="predicted class", ylabel="true class, recall")
         ax.set_xticks(range(count), names, rotation=90, fontsize=font)
@@ -220,8 +204,7 @@ class _Plotter(_Recorder):
         if in_kernel:
             from IPython.display import Image, display
 
-            width, height = figure.canvas.get_width_height()
-            image = Image(buffer.getvalue(), format="png", width=width, height=height)
+            image = Image(buffer.getvalue(), width=int(figure.bbox.width), height=int(figure.bbox.height))
             if self._handle and self._cell == shell.execution_count:
                 self._handle.update(image)
             else:
@@ -239,22 +222,18 @@ def _duration(seconds):
 
 
 class AccLossPlotter(_Plotter):
-    """Redraws the accuracy and loss curves while a model trains, with the best epoch and the resume seam marked.
-
-    Inside a long epoch the running values are shown every two seconds, with the time left for the whole run.
+    """Redraws the curves after each epoch, and every two seconds inside a long one, with best epoch, seam, time left.
 
     Args:
         graphs: the panels, by metric name; `"acc"` stands for whatever accuracy is logged.
-        save_graph: also keep the picture current in a file. Without a kernel (a plain script) it always is.
+        save_graph: also keep the picture current in the file `path`. Without a kernel (a plain script) it always is.
         title: text above the panels, before the progress.
-        path: the file for the picture.
         verbose: 1 prints one line an epoch, 0 nothing.
     """
 
     def __init__(self, graphs=("acc", "loss"), save_graph=False, title="", path="training_acc_loss.png", verbose=1):
         super().__init__(path, save_graph)
-        if verbose not in (0, 1):
-            raise ValueError(f"verbose: expected 0 or 1, got {verbose!r}")
+        _expect(verbose in (0, 1), "verbose", "0 or 1", verbose)
         plot_history({}, graphs)  # which checks them
         self._graphs, self.title, self.verbose = list(graphs), title, verbose
 
@@ -270,20 +249,16 @@ class AccLossPlotter(_Plotter):
         self._position = f"{epoch + 1}/{self.params['epochs']}"
 
     def on_train_batch_end(self, batch, logs=None):
-        now, steps = time.monotonic(), self.params.get("steps")
-        if now - self._drawn < 2 or not steps:
-            return
-        done = (batch + 1) / steps
-        # While no epoch has finished since the start, or since the resume, the pace of this one has to do.
-        pace = np.median(self._seconds[-5:]) if self._seconds else (now - self._epoch_began) / done
-        left = _duration(pace * (self.params["epochs"] - self._epoch - done))
-        running = {"epoch": self._epoch + done - 1, "logs": logs or {}}
-        self._draw(f"{done:.0%} of epoch {self._position}, {left} left", running)
+        steps = self.params.get("steps")
+        if steps and time.monotonic() - self._drawn >= 2:
+            done = (batch + 1) / steps
+            progress = f"{done:.0%} of epoch {self._position}, {self._left(done)} left"
+            self._draw(progress, {self._epoch + done - 1: logs or {}})
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
         self._seconds.append(time.monotonic() - self._epoch_began)
-        left = _duration(np.median(self._seconds[-5:]) * (self.params["epochs"] - epoch - 1))
+        left = self._left(1)
         self._draw(f"epoch {self._position}, {left} left")
         if self.verbose:
             values = "  ".join(f"{name} {_number(value):.4f}" for name, value in (logs or {}).items())
@@ -291,16 +266,21 @@ class AccLossPlotter(_Plotter):
 
     def on_train_end(self, logs=None):
         took = f" in {_duration(time.monotonic() - self._began)}" if self._seconds and not self._resumed_at else ""
-        self._draw(f"{self._records[-1]['epoch'] + 1} epochs{took}" if self._records else "nothing was trained")
+        self._draw(f"{max(self._records) + 1} epochs{took}" if self._records else "nothing was trained")
 
-    def _draw(self, progress, *running):
+    def _left(self, done):
+        # While no epoch has finished since the start, or since the resume, the pace of this one has to do.
+        pace = np.median(self._seconds[-5:] or (time.monotonic() - self._epoch_began) / done)
+        return _duration(pace * (self.params["epochs"] - self._epoch - done))
+
+    def _draw(self, progress, running=()):
         parts = [self.title, progress] if self.title else [progress]
         with contextlib.suppress(AttributeError, TypeError, ValueError):  # not every optimizer has one learning rate
             parts.append(f"learning rate {float(self.model.optimizer.learning_rate):.3g}")
-        records = [*self._records, *running]
-        names = {name: None for record in records for name in record["logs"]}
-        history = {name: [_number(record["logs"].get(name)) for record in records] for name in names}
-        history["epoch"] = [record["epoch"] for record in records]
+        records = self._records | dict(running)
+        names = dict.fromkeys(name for logs in records.values() for name in logs)
+        history = {name: [_number(logs.get(name)) for logs in records.values()] for name in names}
+        history["epoch"] = list(records)
         self._show(plot_history(history, self._graphs, self._resumed_at, " · ".join(parts), self._figure))
         self._drawn = time.monotonic()
 
@@ -315,29 +295,23 @@ class ConfusionMatrixPlotter(_Plotter):
         X_val: images, an array whose first axis counts them.
         Y_val: their labels: integers of shape (n,) or (n, 1), or one-hot of shape (n, classes).
         classes: the class names, in the order of the labels.
-        normalize, cmap: as for `plot_confusion_matrix`.
-        title: text above the matrix; the epoch is added.
+        normalize, cmap, title: as for `plot_confusion_matrix`; the epoch is added to the title.
         every: redraw after every so many epochs.
         save_graph, path: as for `AccLossPlotter`.
     """
 
-    def __init__(
-        self, X_val, Y_val, classes, normalize=False, cmap="Blues", title="Confusion Matrix", every=1, save_graph=False,
-        path="confusion_matrix.png",
-    ):  # fmt: skip
+    def __init__(self, X_val, Y_val, classes, normalize=False, cmap="Blues", title="Confusion Matrix", every=1,
+                 save_graph=False, path="confusion_matrix.png"):  # fmt: skip
         super().__init__(path, save_graph)
-        labels, count, self._style = np.asarray(Y_val), len(classes), (classes, normalize, cmap)
+        labels, size, count, self._style = np.asarray(Y_val), len(X_val), len(classes), (classes, normalize, cmap)
         plot_confusion_matrix(np.zeros((count, count)), *self._style)  # which checks them
-        if labels.ndim == 2 and labels.shape[1] in (1, count):
+        if labels.shape[1:] in ((1,), (count,)):
             labels = labels.argmax(axis=1) if labels.shape[1] == count else labels[:, 0]
-        if labels.ndim != 1 or len(labels) != len(X_val):
-            shapes = f"({len(X_val)},) or one-hot of shape ({len(X_val)}, {count})"
-            raise ValueError(f"Y_val: expected labels of shape {shapes}, as X_val has it, got shape {np.shape(Y_val)}")
-        if not len(labels) or (labels != labels.astype(int)).any() or labels.min() < 0 or labels.max() >= count:
-            raise ValueError(f"Y_val: expected whole numbers from 0 to {count - 1}, one for each of classes")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every: expected a whole number of epochs, at least 1, got {every!r}")
+        _expect(labels.shape == (size,), "Y_val", f"shape {(size,)} or, one-hot, {(size, count)}", np.shape(Y_val))
+        _expect(size and np.isin(labels, range(count)).all(), "Y_val", f"whole numbers from 0 to {count - 1}", labels)
+        _expect(type(every) is int and every > 0, "every", "a whole number of epochs, at least 1", every)
         self.X_val, self.labels, self.title, self.every = X_val, labels.astype(int), title, every
+        self._images = np.bincount(self.labels, minlength=count)  # of each class
 
     def on_train_begin(self, logs=None):
         self._draw(None)
@@ -348,24 +322,22 @@ class ConfusionMatrixPlotter(_Plotter):
             self._draw(epoch)
 
     def on_train_end(self, logs=None):
-        last = self._records[-1]["epoch"] if self._records else None
+        last = max(self._records, default=None)
         if last != self._drawn_epoch:  # the last epoch, or a finished run shown again
             self._draw(last)
 
     def _draw(self, epoch):
-        self._drawn_epoch, count = epoch, len(self._style[0])
-        matrix = np.zeros((count, count)) if epoch is None else self.confusion_matrix()
-        when = "starting" if epoch is None else f"epoch {epoch + 1}"
+        self._drawn_epoch, when = epoch, "starting" if epoch is None else f"epoch {epoch + 1}"
+        matrix = np.diag(0 * self._images) if epoch is None else self.confusion_matrix()
         ax = self._figure.axes[0] if self._figure else None
         self._show(plot_confusion_matrix(matrix, *self._style, f"{self.title} · {when}", ax))
 
     def confusion_matrix(self):
         """Counts of shape (classes, classes), true class by row, of the model as it is now."""
-        count = len(self._style[0])
-        images = np.bincount(self.labels, minlength=count)
+        count = len(self._images)
         metrics = [m for metric in self.model.metrics for m in [metric, *getattr(metric, "metrics", [])]]
         for held in _values(m.total_cm for m in metrics if hasattr(m, "total_cm")):
-            if held.shape == (count, count) and (held.sum(axis=1) == images).all():  # it is of these very images
+            if held.shape == (count, count) and (held.sum(axis=1) == self._images).all():  # it is of these very images
                 return held
         scores = np.asarray(self.model.predict(self.X_val, batch_size=500, verbose=0)).reshape(len(self.labels), -1)
         if scores.shape[1] not in (count, 1 if count == 2 else count):
@@ -374,20 +346,15 @@ class ConfusionMatrixPlotter(_Plotter):
         return np.bincount(self.labels * count + predicted, minlength=count * count).reshape(count, count)
 
 
-class _Unusable(Exception):
-    """A checkpoint file that cannot be continued from; the message says why."""
-
-
 class ResumableCheckpoint(_Recorder):
     """Saves a training after every epoch so exactly that continuing it equals never having stopped.
 
     `saved_model.hdf5` is renewed after every epoch, `best_model.hdf5` when the monitored value improves. Plain Keras
-    opens both, by `load_weights` and by `load_model`, which returns an uncompiled model: the optimizer is in a group of
-    our own, with the seed states of dropout and augmentation layers, the epoch, history, best value, counters of
-    `callbacks`, random states of Python, NumPy and PyTorch, and a SHA-256 of the whole file.
-    The one way to use it, shown above, starts a training, continues it and at last only shows the curves.
+    opens both, by `load_weights` or `load_model`, which returns an uncompiled model: a group of our own holds the
+    optimizer, seed states of layers, epoch, history, best value, counters of `callbacks`, the global random states of
+    Python, NumPy and PyTorch, and a SHA-256 of the whole file.
 
-    That the data comes in the same order again is the caller's part, as Keras keeps no state of its own shuffling: pass
+    Keras keeps no state of its shuffling, so that data comes in the same order again is the caller's part: pass
     `shuffle=False` and a `keras.utils.PyDataset` that derives order and augmentation from a seed and the epoch.
 
     Args:
@@ -401,10 +368,10 @@ class ResumableCheckpoint(_Recorder):
 
     def __init__(self, directory, monitor="val_loss", callbacks=(), settings=None, mode="auto", verbose=1):
         super().__init__()
-        if not isinstance(monitor, str) or mode not in ("auto", "min", "max"):
-            raise ValueError(f'monitor, mode: expected a name and "auto", "min" or "max", got {monitor!r}, {mode!r}')
-        if not isinstance(callbacks, (list, tuple)) or not all(hasattr(c, "on_epoch_end") for c in callbacks):
-            raise TypeError(f"callbacks: expected a list of Keras callbacks, got {callbacks!r}")
+        _expect(isinstance(monitor, str), "monitor", "the name of a logged value", monitor)
+        _expect(mode in ("auto", "min", "max"), "mode", '"auto", "min" or "max"', mode)
+        several = isinstance(callbacks, (list, tuple)) and all(hasattr(c, "on_epoch_end") for c in callbacks)
+        _expect(several, "callbacks", "a list of Keras callbacks", callbacks, TypeError)
         try:
             self.settings = _plain(dict(settings or {}))
         except (TypeError, ValueError) as error:
@@ -414,7 +381,7 @@ class ResumableCheckpoint(_Recorder):
         self.saved_path, self.best_path = self.directory / "saved_model.hdf5", self.directory / "best_model.hdf5"
         self.monitor, self.callbacks, self.verbose = monitor, list(callbacks), verbose
         self._maximise = mode == "max" or mode == "auto" and bool(_HIGHER_IS_BETTER.search(monitor))
-        self._restored, self._next_epoch, self.best, self.best_epoch = None, None, None, None
+        self._restored = self._next_epoch = self.best = self.best_epoch = None
 
     def restore(self, model):
         """Loads the saved state into a built and compiled model; returns the epoch to pass to `fit` as `initial_epoch`.
@@ -425,9 +392,9 @@ class ResumableCheckpoint(_Recorder):
             ValueError: the model is not compiled or not built; or model, optimizer, loss or settings differ from the
                 saved ones (each difference is listed); or no file can be used. No file is changed then.
         """
-        if not getattr(model, "compiled", False):
-            raise ValueError("model: compile it before restore(model), so that the optimizer's state has a place to go")
-        self._restored, self._next_epoch, self.best, self.best_epoch = None, 0, None, None
+        if not (getattr(model, "compiled", False) and model.built):
+            raise ValueError("model: compile it and build it (begin it with keras.Input(shape)) before restore(model)")
+        self._restored = self._next_epoch = self.best = self.best_epoch = None
         self.set_model(model)
         self._records.clear()
         problems = {}
@@ -435,22 +402,22 @@ class ResumableCheckpoint(_Recorder):
             try:
                 state, arrays = self._load(path, model)
                 break
-            except _Unusable as problem:
-                problems[path] = problem
+            except Exception as error:  # whatever Keras or HDF5 raises is the reason to pass on
+                problems[path] = error if isinstance(error, ValueError) else f"it cannot be used: {error!r}"
         else:
             if not problems:
+                self._next_epoch = 0
                 return 0
             listed = "\n".join(f"{path}: {problem}" for path, problem in problems.items())
             remedy = "To continue, undo the differences; to start anew, use another directory or move these files away."
             raise ValueError(f"There is no state to continue from, and nothing was changed.\n{listed}\n{remedy}")
         self._restored = model, state, arrays
-        self._records.extend(state["records"])
+        self._records.update((record["epoch"], record["logs"]) for record in state["records"])
         self._next_epoch, self.best, self.best_epoch = state["next_epoch"], state["best"], state["best_epoch"]
         if path == self.best_path:
             why = f"{self.saved_path} is missing."
             for bad, problem in problems.items():
-                aside = bad.with_name(f"{bad.stem}.unusable-{time.time_ns()}{bad.suffix}")
-                bad.replace(aside)
+                aside = bad.replace(bad.with_name(f"{bad.stem}.unusable-{time.time_ns()}{bad.suffix}"))
                 why = f"{bad} cannot be used: {problem}\nIt was kept as {aside}."
             lost = f"Continuing from {path}, epoch {state['epoch'] + 1}; what was trained after that epoch is lost."
             warnings.warn(f"{why} {lost}", stacklevel=2)
@@ -467,34 +434,24 @@ class ResumableCheckpoint(_Recorder):
         pairs = {name: (saved.get(name, "none"), now.get(name, "none")) for name in {**saved, **now}}
         lines = [f"  {name}: saved {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
         if lines:
-            raise _Unusable("\n".join(["it belongs to another training:", *lines]))
-        if not model.built:
-            raise ValueError("model: build it before restore(model); begin it with keras.Input(shape), for example")
+            raise ValueError("\n".join(["it belongs to another training:", *lines]))
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        try:
-            model.load_weights(path)
-            for kind, variables in (("optimizer", model.optimizer.variables), ("seeds", _seeds(model))):
-                for index, variable in enumerate(variables):
-                    variable.assign(arrays[f"{kind}/{index}"])
-        except Exception as error:  # whatever Keras raises is the reason to pass on
-            raise _Unusable(f"its contents do not fit this model: {error}") from error
+        model.load_weights(path)
+        for kind, variables in (("optimizer", model.optimizer.variables), ("seeds", _seeds(model))):
+            for index, variable in enumerate(variables):
+                variable.assign(arrays[f"{kind}/{index}"])
         return state, arrays
 
     def _fingerprint(self, model):
         """All that must be the same for a resumed training to equal an uninterrupted one, each value by its path."""
-        names = {layer.name: f"layer {i}" for i, layer in enumerate(_all_layers(model))}
         # Layers are called by their position, as a model built again in the same kernel has other generated names.
+        names = {layer.name: f"layer {i}" for i, layer in enumerate(_all_layers(model))}
         architecture = re.sub(r'"([^"\\]*)"', lambda m: json.dumps(names.get(m[1], m[1])), model.to_json())
-        serialize = keras.saving.serialize_keras_object
-        kinds = {
-            "model": json.loads(architecture),
-            "loss": serialize(model.loss),
-            "optimizer": serialize(model.optimizer),
-        }
-        kinds["callbacks"] = [type(callback).__name__ for callback in self.callbacks]
+        kinds = {"model": json.loads(architecture), "callbacks": [type(c).__name__ for c in self.callbacks]}
+        kinds |= {name: keras.saving.serialize_keras_object(getattr(model, name)) for name in ("loss", "optimizer")}
         kinds["monitor"] = f"{self.monitor} ({'max' if self._maximise else 'min'})"
-        return {**dict(_flat(_plain(kinds))), **{f"settings.{name}": value for name, value in self.settings.items()}}
+        return dict(_flat(_plain(kinds))) | {f"settings.{name}": value for name, value in self.settings.items()}
 
     def on_train_begin(self, logs=None):
         if self._restored and self._restored[0] is not self.model:
@@ -509,13 +466,10 @@ class ResumableCheckpoint(_Recorder):
             raise ValueError(f"model: HDF5 cannot hold {self.model.name!r}. {remedy} Keras says: {error}") from error
         finally:
             _set_random_state(kept)  # loading made a model, whose weights were drawn at random
-        self._began = self._told_nan = False
-        self._pending = self._failure = self._best_model = self._best_file = None
+        self._began = self._failure = self._best_model = self._best_file = None
         if self._restored:
-            self.model.history.history.clear()
-            for record in self._records:
-                for name, value in record["logs"].items():
-                    self.model.history.history.setdefault(name, []).append(value)
+            names = dict.fromkeys(name for logs in self._records.values() for name in logs)
+            self.model.history.history = {n: [logs[n] for logs in self._records.values() if n in logs] for n in names}
         self._watch_for_interrupt()
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -530,7 +484,7 @@ class ResumableCheckpoint(_Recorder):
         self._began, self._next_epoch = True, epoch
         if self._restored:
             _, state, arrays = self._restored
-            self.model.history.epoch = [record["epoch"] for record in self._records]
+            self.model.history.epoch = list(self._records)
             for index, (callback, counters) in enumerate(zip(self.callbacks, state["counters"])):
                 if isinstance(count := counters.get("best_weights"), int):
                     counters["best_weights"] = [arrays[f"callbacks/{index}/{i}"] for i in range(count)]
@@ -540,7 +494,7 @@ class ResumableCheckpoint(_Recorder):
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
-        logs, self._pending = logs or {}, epoch
+        logs = logs or {}
         # An epoch without validation may lack it; one that validated may not.
         due = not self.monitor.startswith("val_") or any(name.startswith("val_") for name in logs)
         if due and self.monitor not in logs:
@@ -553,7 +507,7 @@ class ResumableCheckpoint(_Recorder):
 
     def on_train_end(self, logs=None):
         if not self._began:  # nothing was left to train
-            self.model.history.epoch = [record["epoch"] for record in self._records]
+            self.model.history.epoch = list(self._records)
             return
         for callback in self.callbacks:
             # EarlyStopping does the same in its own on_train_end, which may come after ours.
@@ -566,22 +520,14 @@ class ResumableCheckpoint(_Recorder):
             warnings.warn(f"Training ended, but nothing after epoch {self._next_epoch} is saved: {self._failure}")
 
     def _save(self, finished=None):
-        epoch, model = self._pending, self.model
-        if epoch is None:
+        epoch, model = max(self._records), self.model
+        numbers = [("its loss", np.array(_number(self._records[epoch].get("loss", 0.0))))]
+        numbers += zip((variable.path for variable in model.weights), _values(model.weights))
+        bad = [name for name, values in numbers if values.dtype.kind == "f" and not np.isfinite(values).all()]
+        if bad:
+            again = "An exact resume will meet the same again: lower the learning rate."
+            warnings.warn(f"Nothing after epoch {self._next_epoch} is saved, as {bad[0]} is nan or infinite. {again}")
             return
-        loss = _number(self._records[-1]["logs"].get("loss", 0.0))
-        problems = [] if np.isfinite(loss) else [f"its loss is {loss}"]
-        for variable, values in zip(model.weights, _values(model.weights)):
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                problems.append(f"{variable.path} is not finite")
-        if problems:
-            if not self._told_nan:
-                kept = f"The last finite state (after epoch {self._next_epoch}) is kept."
-                again = "An exact resume will meet the same again: lower the learning rate."
-                warnings.warn(f"Epoch {epoch + 1} is not saved, as {problems[0]}. {kept} {again}")
-            self._told_nan = True
-            return
-        # What Keras leaves out: arrays by name, and plain data.
         arrays = {f"optimizer/{i}": v for i, v in enumerate(_values(model.optimizer.variables))}
         arrays |= {f"seeds/{i}": v for i, v in enumerate(_values(_seeds(model)))}
         counters = [{name: getattr(c, name) for name in _COUNTERS if hasattr(c, name)} for c in self.callbacks]
@@ -590,7 +536,8 @@ class ResumableCheckpoint(_Recorder):
                 arrays |= {f"callbacks/{index}/{i}": v for i, v in enumerate(values["best_weights"])}
                 values["best_weights"] = len(values["best_weights"])
         state = {"epoch": epoch, "next_epoch": finished or epoch + 1, "finished": bool(finished), "counters": counters}
-        state |= {"best": self.best, "best_epoch": self.best_epoch, "records": self._records}
+        records = [{"epoch": past, "logs": logs} for past, logs in self._records.items()]
+        state |= {"best": self.best, "best_epoch": self.best_epoch, "records": records}
         state |= {"random": _random_state(), "fingerprint": self._fingerprint(model), "format": 1}
         try:
             if self._best_model is not None:
@@ -607,22 +554,21 @@ class ResumableCheckpoint(_Recorder):
             return
         if self._failure:
             print(f"Saving works again: epoch {epoch + 1} is in {self.saved_path}.", flush=True)
-        self._failure = self._pending = None
-        self._next_epoch = state["next_epoch"]
+        self._failure, self._next_epoch = None, state["next_epoch"]
 
     def _watch_for_interrupt(self):
         """Says at Ctrl-C (or Jupyter's Stop) where training will continue: Keras calls no callback then."""
-        previous = signal.getsignal(signal.SIGINT)
-        previous = getattr(previous, "previous", previous)  # of several trainings, the last one speaks
+        found = signal.getsignal(signal.SIGINT)
+        previous = getattr(found, "previous", found)  # of several trainings, the last one speaks
 
         def handler(number, frame):
             signal.signal(signal.SIGINT, previous)
             # Only where a fit of our model is going on: an error may have ended it without our knowing.
-            while frame and frame.f_locals.get("self") is not self.model:
-                frame = frame.f_back
-            if frame:
-                where = f"Run again to continue after epoch {self._next_epoch}. [{self.directory}]"
-                print(f"\nStopped. {where if self._next_epoch else 'No epoch was finished yet.'}", flush=True)
+            if any(outer.f_locals.get("self") is self.model for outer, _ in traceback.walk_stack(frame)):
+                print(
+                    f"\nStopped. Run again to continue with epoch {self._next_epoch + 1}. [{self.directory}]",
+                    flush=True,
+                )
             previous(number, frame)
 
         handler.previous = previous
@@ -637,9 +583,7 @@ def _plain(value):
 
 
 def _all_layers(model):
-    for layer in model.layers:
-        yield layer
-        yield from _all_layers(layer) if hasattr(layer, "layers") else ()
+    return [found for layer in getattr(model, "layers", ()) for found in (layer, *_all_layers(layer))]
 
 
 def _flat(value, path=""):
@@ -664,7 +608,7 @@ def _seeds(model):
 
 def _random_state():
     state = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
-    if keras.backend.backend() == "torch":
+    if torch:
         state["torch"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     return _plain(state)
 
@@ -673,11 +617,10 @@ def _set_random_state(state):
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["numpy"])
-    if keras.backend.backend() == "torch" and "torch" in state:
+    if torch and "torch" in state:
         cpu, *devices = (torch.tensor(values, dtype=torch.uint8) for values in state["torch"])
         torch.set_rng_state(cpu)
-        if len(devices) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(devices)
+        torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
 
 
 def _keras_part(model, load_again=False):
@@ -700,11 +643,10 @@ def _with_state(keras_part, state, arrays):
     """The bytes of a Keras HDF5 file with our group added, and in it a SHA-256 of the result."""
     buffer = io.BytesIO(keras_part)
     with h5py.File(buffer, "r+") as file:
-        group = file.create_group(_GROUP)  # of datasets, as HDF5 limits attributes to 64 KB
-        group["state"] = np.frombuffer(json.dumps(_plain(state)).encode(), np.uint8)
+        file[f"{_GROUP}/state"] = np.frombuffer(json.dumps(_plain(state)).encode(), np.uint8)  # attributes end at 64 KB
         for name, values in arrays.items():
-            group[f"arrays/{name}"] = values
-        group["sha256"] = np.frombuffer(_MARK + b"0" * 64, np.uint8)
+            file[f"{_GROUP}/arrays/{name}"] = values
+        file[f"{_GROUP}/sha256"] = np.frombuffer(_MARK + b"0" * 64, np.uint8)
     data = buffer.getvalue()
     at = data.index(_MARK) + len(_MARK)
     return data[:at] + hashlib.sha256(data).hexdigest().encode() + data[at + 64 :]
@@ -725,47 +667,33 @@ def _write(path, data):
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+    finally:
+        partial.unlink(missing_ok=True)  # after a failure; else it was renamed
 
 
 def _read(path, model):
     """The state and the arrays of a checkpoint, from this file alone, once every byte was found to be as written."""
-    try:
-        most = 2**26 + 12 * sum(values.nbytes for values in _values(model.variables))
-        if path.stat().st_size > most:
-            raise _Unusable(f"it has {path.stat().st_size:,} bytes; a checkpoint of this model has at most {most:,}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise _Unusable(f"it cannot be read: {error}") from error
-    if not data.startswith(b"\x89HDF\r\n\x1a\n"):
-        raise _Unusable("it is not an HDF5 file, or its beginning is damaged" if data else "it is empty")
+    most = 2**26 + 12 * sum(values.nbytes for values in _values(model.variables))
+    if path.stat().st_size > most:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes; a checkpoint of this model has at most {most:,}")
+    data = path.read_bytes()
     at = data.find(_MARK) + len(_MARK)
     digest = hashlib.sha256(data[:at] + b"0" * 64 + data[at + 64 :]).hexdigest().encode()
-    if at < len(_MARK) or data[at : at + 64] != digest:
-        raise _Unusable("its checksum is missing or wrong: it is cut short, damaged, or not written by this callback")
-    arrays, problems = {}, []
-
-    def look(name, link):  # at every object in the file, following nothing to elsewhere; HDF5 lets no error through
-        item = file[name] if isinstance(link, h5py.HardLink) else None
-        if isinstance(item, h5py.Dataset) and not item.is_virtual and not item.external:
-            if item.dtype.hasobject or item.nbytes > len(data):
-                problems.append(f"{name} claims shape {item.shape} of {item.dtype}, more than the file holds")
-            elif name.startswith(f"{_GROUP}/"):
-                arrays[name.removeprefix(f"{_GROUP}/").removeprefix("arrays/")] = item[()]
-        elif not isinstance(item, h5py.Group):
-            problems.append(f"{name} takes its data from elsewhere, which is not read")
-
-    try:
-        with h5py.File(io.BytesIO(data), "r") as file:
-            file.visititems_links(look)
-        if problems:
-            raise _Unusable(problems[0])
-        state = json.loads(arrays.pop("state").tobytes())
-        if state["format"] != 1 or not _STATE <= state.keys():
-            raise _Unusable(f"its format ({state['format']}) is unknown to this version of visual_callbacks.py")
-    except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise _Unusable(f"its contents are not those of a checkpoint: {error}") from error
+    if _MARK not in data or data[at : at + 64] != digest:
+        raise ValueError("its checksum is missing or wrong: it is empty, cut short, damaged, or not of this callback")
+    arrays, links = {}, []
+    with h5py.File(io.BytesIO(data), "r") as file:
+        file.visititems_links(lambda *link: links.append(link))
+        for name, link in links:  # to every object in the file, following nothing to elsewhere
+            item = file[name] if isinstance(link, h5py.HardLink) else None
+            if isinstance(item, h5py.Dataset) and not item.is_virtual and not item.external:
+                if item.dtype.hasobject or item.nbytes > len(data):
+                    raise ValueError(f"{name} claims shape {item.shape} of {item.dtype}, more than the file holds")
+                if name.startswith(f"{_GROUP}/"):
+                    arrays[name.removeprefix(f"{_GROUP}/").removeprefix("arrays/")] = item[()]
+            elif not isinstance(item, h5py.Group):
+                raise ValueError(f"{name} takes its data from elsewhere, which is not read")
+    state = json.loads(arrays.pop("state").tobytes())
+    if state["format"] != 1 or not _STATE <= state.keys():
+        raise ValueError(f"its format ({state['format']}) is unknown to this version of visual_callbacks.py")
     return state, arrays

@@ -169,7 +169,7 @@ def test_the_curve_continues_with_its_seam():
     interrupt("sgd", "run", 3)
     plotter = AccLossPlotter(verbose=0)
     _, history, _ = train("sgd", "run", extra=[plotter])
-    training_line, *_, seam = plotter._figure.axes[1].lines
+    training_line, _, _, seam, *_ = plotter._figure.axes[1].lines
     assert list(training_line.get_ydata()) == history.history["loss"] and len(history.epoch) == EPOCHS
     assert seam.get_xdata()[0] == 3.5 and seam.get_label() == "resumed after epoch 3"
 
@@ -478,9 +478,7 @@ def test_nan_is_neither_best_nor_saved():
             if epoch == 3:
                 self.model.layers[-1].kernel.assign(self.model.layers[-1].kernel * np.nan)
 
-    with pytest.warns(
-        UserWarning, match="Epoch 4 is not saved, as its loss is nan.*after epoch 3.*meet the same again"
-    ):
+    with pytest.warns(UserWarning, match="Nothing after epoch 3 is saved, as its loss is nan.*meet the same again"):
         _, _, checkpoint = train("sgd", "run", extra=[Poison()], first=True)
     assert checkpoint.best_epoch < 3
     for name in (SAVED, BEST):
@@ -505,7 +503,7 @@ def test_ctrl_c_says_where_it_continues_and_is_raised(capsys, interrupts):
     press = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
         train("sgd", "run", extra=[Stop(3, press)])
-    assert "Stopped. Run again to continue after epoch 3. [run]" in capsys.readouterr().out
+    assert "Stopped. Run again to continue with epoch 4. [run]" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train("sgd", "run")
     train("sgd", "whole")
