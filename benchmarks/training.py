@@ -3,11 +3,12 @@
     CIFAR10_NPZ=cifar10.npz python benchmarks/training.py [NAME=VALUE ...]
 
 Runs the notebook's own cells up to the training (with other knobs, where given), then its `fit`, with augmentation and
-callbacks, over a part of an epoch, in turn with a product of two 4096 x 4096 float32 matrices. Prints images a second,
-the network's operations (FLOP) an image, and the share of the matrix product's rate, each the median of five. Training
-counts three times the forward pass's operations.
+callbacks, over a part of an epoch, in turn with products of two 4096 x 4096 float32 matrices. Prints images a second, the
+network's operations (FLOP) an image, and the share of the products' rate: medians of five. Training counts three times
+the forward pass's operations.
 """
 
+import ast
 import contextlib
 import math
 import os
@@ -53,7 +54,7 @@ def seconds(function):
     return time.perf_counter() - began
 
 
-def main(batches=40):
+def main(batches=20):
     knobs = dict(argument.split("=") for argument in sys.argv[1:])
     data = os.environ.get("CIFAR10_NPZ")
     work = tempfile.TemporaryDirectory()
@@ -61,7 +62,7 @@ def main(batches=40):
     if data:
         os.environ["CIFAR10_NPZ"] = str(Path(data).absolute())
     os.chdir(work.name)  # where the run's folder and pictures go
-    names = cells_before_training(**{name: eval(value) for name, value in knobs.items()})
+    names = cells_before_training(**{name: ast.literal_eval(value) for name, value in knobs.items()})
     import tensorflow as tf
 
     model, train_data, size = names["model"], names["train_data"], names["BATCH_SIZE"]
@@ -76,7 +77,7 @@ def main(batches=40):
     product = tf.function(lambda: tf.reduce_sum(tf.matmul(matrix, matrix)))
     fit_times, product_times = [], []
     for _ in range(6):  # the first of each warms up
-        product_times.append(min(seconds(lambda: product().numpy()) for _ in range(5)))
+        product_times.append(seconds(lambda: [product().numpy() for _ in range(40)]) / 40)
         fit_times.append(seconds(lambda: model.fit(train_data, shuffle=False, verbose=0, callbacks=callbacks)))
     flop = forward_flop(model)
     images = size * batches / statistics.median(fit_times[1:])
