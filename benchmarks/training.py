@@ -3,9 +3,9 @@
     CIFAR10_NPZ=cifar10.npz python benchmarks/training.py [NAME=VALUE ...]
 
 Runs the notebook's own cells up to the training (with other knobs, where given), then its `fit`, with augmentation and
-callbacks, over a part of an epoch, in turn with products of two 4096 x 4096 float32 matrices. Prints images a second, the
-network's operations (FLOP) an image, and the share of the products' rate: medians of five. Training counts three times
-the forward pass's operations.
+callbacks, over a part of an epoch, in turn with products of two 4096 x 4096 float32 matrices. Prints images a second,
+the network's operations (FLOP) an image, and the share of the products' rate: medians of five. Training counts three
+times the forward pass's operations.
 """
 
 import ast
