@@ -197,8 +197,8 @@ class _Plotter(_Recorder):
 
     def _show(self, figure):
         self._figure, buffer = figure, io.BytesIO()
-        # Light compression: most of a redraw's time would otherwise go into making the file a little smaller.
-        figure.canvas.print_png(buffer, pil_kwargs={"compress_level": 1})
+        # A new canvas, as one keeps the size of every text it ever drew; light compression, as more takes longest.
+        FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
         in_kernel = hasattr(shell, "kernel")  # Jupyter, Colab or a notebook runner; not a script or a terminal
         if in_kernel:
