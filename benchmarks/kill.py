@@ -2,9 +2,9 @@
 
     python benchmarks/kill.py [KILLS] [SEED]        prints a line a kill and the sum; exit status 1 if anything was lost
 
-Each process continues the one that was killed before it. It must begin with the epoch that was running, or with the one
-before it (whose save may have been cut off), and a training that came to its end must have left the same bytes as one
-that was never killed.
+Each process continues the one that was killed before it. It must begin with the epoch that was running, with the one
+before it (whose save may have been cut off), or have nothing left to train, and a training that came to its end must
+have left the same bytes as one that was never killed.
 """
 
 import random
@@ -52,9 +52,9 @@ def kill_often(kills, seed=0, say=print):
                     time.sleep(chance.random() * 0.15)  # an epoch, with its saves, takes about as long
                     process.kill()
             killed, errors = process.wait() < 0, process.stderr.read()
-            if first is None and not killed:
-                first = EPOCHS  # killed between the last save and its exit: nothing was left to train
-            lost = first is None or not (last - 1 <= first <= last or first == last + 1 == EPOCHS)
+            if first is None and process.returncode == 0:
+                first = EPOCHS  # the kill came between the last save and the exit: nothing was left to train
+            lost = first is None or not last - 1 <= first <= last + 1
             if lost:
                 problems.append(f"expected epoch {last - 1} or {last}, continued with {first}: {errors[-500:]}")
             if killed:
