@@ -228,7 +228,7 @@ class AccLossPlotter(_Plotter):
         graphs: the panels, by metric name; `"acc"` stands for whatever accuracy is logged.
         save_graph: also keep the picture current in the file `path`. Without a kernel (a plain script) it always is.
         title: text above the panels, before the progress.
-        verbose: 1 prints one line an epoch, 0 nothing.
+        verbose: 1 prints one line an epoch, with the values drawn, 0 nothing.
     """
 
     def __init__(self, graphs=("acc", "loss"), save_graph=False, title="", path="training_acc_loss.png", verbose=1):
@@ -261,7 +261,8 @@ class AccLossPlotter(_Plotter):
         left = self._left(1)
         self._draw(f"epoch {self._position}, {left} left")
         if self.verbose:
-            values = "  ".join(f"{name} {_number(value):.4f}" for name, value in (logs or {}).items())
+            drawn = [name for ax in self._figure.axes for name in (ax.get_ylabel(), f"val_{ax.get_ylabel()}")]
+            values = "  ".join(f"{name} {_number(logs[name]):.4f}" for name in drawn if name in (logs or {}))
             print(f"epoch {self._position}  {values}  {_duration(self._seconds[-1])}, {left} left", flush=True)
 
     def on_train_end(self, logs=None):

@@ -1,5 +1,6 @@
 """The real notebook, executed as `make run` executes it: end to end on the stand-in, and on every bad input."""
 
+import ast
 import json
 import os
 import pickle
@@ -57,7 +58,7 @@ def test_end_to_end_on_the_stand_in_and_again(checkout):
     text = printed(notebook)
     assert "DIGITS as a stand-in" in text and "training   (1197, 32, 32, 3)" in text
     assert "validation (300, 32, 32, 3)" in text and "300 to test with" in text
-    assert "epoch 1/2 " in text and "epoch 2/2 " in text
+    assert "epoch 1/2 " in text and "epoch 2/2 " in text and "Test accuracy with flips: " in text
     fit = cell_with(notebook, "history = model.fit(")
     assert len(pictures(notebook, fit)) == 2  # one picture a plotter, however often it was redrawn
     for index, cell in enumerate(notebook.cells):
@@ -208,14 +209,33 @@ def test_make_run_refuses_an_unknown_knob_and_lists_the_valid_ones():
     needs(shutil.which("make") and (ROOT / ".venv").exists(), "make with its environment")
     result = subprocess.run(["make", "run", "EPOCH=1"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode and "EPOCH is not a knob" in result.stderr
-    assert "EPOCHS BATCH_SIZE LEARNING_RATE" in result.stderr and "Executing" not in result.stderr
+    assert "PRESET DATA_FILE SEED EPOCHS WIDTHS" in result.stderr and "Executing" not in result.stderr
 
 
 def test_the_parameters_cell_holds_literals_only():
     (cell,) = (c for c in nbformat.read(NOTEBOOK, 4).cells if "parameters" in c.metadata.get("tags", []))
     names = {}
     exec(cell.source, {"__builtins__": {}}, names)  # no name and no function is known: only literals pass
-    assert names["EPOCHS"] > 1 and all(name.isupper() for name in names)
+    assert all(name.isupper() for name in names)
+    presets = [value for value in names.values() if isinstance(value, dict)]
+    assert presets and all(value.keys() == {"default", "full"} for value in presets)
+
+
+def test_a_preset_decides_what_was_not_set_and_an_unknown_one_is_refused(checkout):
+    source = nbformat.read(checkout / NOTEBOOK.name, as_version=4)
+    source.cells = source.cells[: cell_with(source, "settings = {") + 1]
+    nbformat.write(source, checkout / NOTEBOOK.name)
+    text = printed(execute(checkout, PRESET="full"))
+    settings = ast.literal_eval(text[text.index("{") : text.index("}") + 1])
+    assert settings["PRESET"] == "full" and {name: settings[name] for name in SMALL} == SMALL
+    (cell,) = (c for c in source.cells if "parameters" in c.metadata.get("tags", []))
+    knobs = {}
+    exec(cell.source, {}, knobs)
+    expected = {name: value["full"] if isinstance(value, dict) else value for name, value in knobs.items()}
+    del expected["DATA_FILE"]
+    assert settings == {**expected, **SMALL, "PRESET": "full"}
+    with pytest.raises(papermill.PapermillExecutionError, match="PRESET: expected .default. or .full., got .large."):
+        execute(checkout, PRESET="large")
 
 
 def test_the_notebook_keeps_to_its_shape():
@@ -237,8 +257,8 @@ def test_the_committed_outputs_are_those_of_the_committed_code():
     text = printed(notebook)
     assert "JPEG copy" in text and "STAND-IN" not in text and "cpu_feature_guard" not in json.dumps(notebook)
     assert "papermill" not in json.dumps(notebook.metadata) and NOTEBOOK.stat().st_size < 2_000_000
-    accuracy = text.split("Test accuracy: ")[1].split()[0]
-    assert accuracy in (ROOT / "README.md").read_text() and accuracy in (ROOT / "models" / "README.md").read_text()
+    for claim in ("Test accuracy: ", "Test accuracy with flips: "):
+        assert text.split(claim)[1].split()[0] in (ROOT / "README.md").read_text()
 
 
 def test_clean_drops_what_the_runner_left():

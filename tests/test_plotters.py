@@ -41,13 +41,16 @@ def test_both_plotters_write_their_pictures_every_epoch(data, build, labels, tmp
             written.append([path.read_bytes() for path in sorted(tmp_path.glob("*.png"))])
 
     model = build("categorical_crossentropy" if labels == "one-hot" else "sparse_categorical_crossentropy")
-    fit(model, x, y, [AccLossPlotter(), ConfusionMatrixPlotter(x, y, CLASSES), Watch()], epochs=3)
+    graphs = ["loss"] if labels == "integers" else ("acc", "loss")
+    fit(model, x, y, [AccLossPlotter(graphs), ConfusionMatrixPlotter(x, y, CLASSES), Watch()], epochs=3)
     assert [len(pictures) for pictures in written] == [2, 2, 2]
     assert len({pictures[0] for pictures in written}) == len({pictures[1] for pictures in written}) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["confusion_matrix.png", "training_acc_loss.png"]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
-    assert all("loss" in line and "accuracy" in line and line.endswith("left") for line in lines)
+    drawn = ["loss", "val_loss"] if labels == "integers" else ["accuracy", "val_accuracy", "loss", "val_loss"]
+    assert all(line.split()[2 : 2 + 2 * len(drawn) : 2] == drawn and line.endswith("left") for line in lines)
+    assert all(line.count(".") == len(drawn) for line in lines)
     assert not plt.get_fignums()
 
 
