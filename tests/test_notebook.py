@@ -238,6 +238,14 @@ def test_a_preset_decides_what_was_not_set_and_an_unknown_one_is_refused(checkou
         execute(checkout, PRESET="large")
 
 
+def test_a_batch_size_that_leaves_one_batch_is_refused(checkout):
+    source = nbformat.read(checkout / NOTEBOOK.name, as_version=4)
+    source.cells = source.cells[: cell_with(source, "x_train, x_val = np.split") + 1]
+    nbformat.write(source, checkout / NOTEBOOK.name)
+    with pytest.raises(papermill.PapermillExecutionError, match="BATCH_SIZE: expected less than the 1,197 training"):
+        execute(checkout, BATCH_SIZE=1197)
+
+
 def test_the_notebook_keeps_to_its_shape():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
