@@ -43,7 +43,8 @@ def cells_before_training(**knobs):
 def forward_flop(model, side=32):
     """Multiplications and additions of a network's convolutions and dense layers for an image of side x side pixels."""
     flop = 0
-    sized = keras.models.clone_model(model, input_tensors=keras.Input((side, side, 3)))
+    uncompiled = keras.Model(model.input, model.output)  # as Keras cannot clone an optimizer of our own
+    sized = keras.models.clone_model(uncompiled, input_tensors=keras.Input((side, side, 3)))
     for layer in sized.layers:
         if hasattr(layer, "kernel"):
             flop += 2 * math.prod(layer.output.shape[1:-1]) * math.prod(layer.kernel.shape)

@@ -209,7 +209,7 @@ def test_make_run_refuses_an_unknown_knob_and_lists_the_valid_ones():
     needs(shutil.which("make") and (ROOT / ".venv").exists(), "make with its environment")
     result = subprocess.run(["make", "run", "EPOCH=1"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode and "EPOCH is not a knob" in result.stderr
-    assert "PRESET DATA_FILE SEED EPOCHS WIDTHS" in result.stderr and "Executing" not in result.stderr
+    assert "PRESET DATA_FILE SEED EPOCHS SMALL_SHARE" in result.stderr and "Executing" not in result.stderr
 
 
 def test_the_parameters_cell_holds_literals_only():
