@@ -78,14 +78,8 @@ class Images(keras.utils.PyDataset):
 
     def __init__(self, images, labels, steps, seed, augment):
         super().__init__()
-        self.images, self.labels, self.steps, self.seed, self.augment, self.part = (
-            images,
-            labels,
-            steps,
-            seed,
-            augment,
-            0,
-        )
+        self.images, self.labels = images, labels
+        self.steps, self.seed, self.augment, self.part = steps, seed, augment, 0
 
     def __len__(self):
         return self.steps
