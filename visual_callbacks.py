@@ -23,9 +23,9 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -43,8 +43,9 @@ _MARK = b"SHA-256 of this file, with zeros for the 64 digits that follow: "
 # What Keras's callbacks count and compare from epoch to epoch. `min_delta` is left alone: Keras changes its sign later.
 _COUNTERS = ("best", "wait", "cooldown_counter", "best_epoch", "stopped_epoch", "best_weights")
 _STATE = {"epoch", "next_epoch", "finished", "counters", "best", "best_epoch", "records", "random", "fingerprint"}
-# A config without generated names, seeds (their states are restored) and what is no part of a training.
+# A config without generated names, seeds (their states are restored) and what depends on version or backend.
 _GENERATED = {"name", "seed", "shared_object_id", "build_config", "compile_config", "keras_version", "backend"}
+_GENERATED |= {"module", "registered_name"}
 torch = sys.modules["torch"] if keras.backend.backend() == "torch" else None
 
 
@@ -71,8 +72,7 @@ class _Recorder(keras.callbacks.Callback):
         self._of_models[self.model] = {past: logs for past, logs in self._records.items() if past < epoch}
 
     def on_epoch_end(self, epoch, logs=None):
-        # The dict itself, not a copy: callbacks later in the list add to it (the learning rate, say).
-        self._records[epoch] = {} if logs is None else logs
+        self._records[epoch] = {} if logs is None else logs  # no copy: callbacks later in the list add to it
 
 
 def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title="", figure=None):
@@ -110,8 +110,8 @@ def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title="", fig
             if len(y):  # of the two curves, the later one decides: validation, where there is any
                 index = y.argmax() if _HIGHER_IS_BETTER.search(key) else y.argmin()
                 best.set(data=([x[index]], [y[index]]), label=f"best {y[index]:.4g}, epoch {x[index]:.0f}")
-        seam.set_data([] if resumed_at is None else [resumed_at + 0.5] * 2, [] if resumed_at is None else [0, 1])
-        seam.set_label(f"resumed after epoch {resumed_at}")
+        ends = ([resumed_at + 0.5] * 2, [0, 1]) if resumed_at else ([], [])
+        seam.set(data=ends, label=f"resumed after epoch {resumed_at}")
         ax.relim()
         ax.set(xlim=(0, 1.03 * max(1, ax.dataLim.x1)), ylabel=name or graph)
         ax.autoscale_view(scalex=False)
@@ -199,18 +199,18 @@ class _Plotter(_Recorder):
         self._figure, buffer = figure, io.BytesIO()
         # A new canvas, as one keeps the size of every text it ever drew; light compression, as more takes longest.
         FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})
-        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        ipython = sys.modules.get("IPython")
+        shell = ipython and ipython.get_ipython()
         in_kernel = hasattr(shell, "kernel")  # Jupyter, Colab or a notebook runner; not a script or a terminal
         if in_kernel:
-            from IPython.display import Image, display
-
-            image = Image(buffer.getvalue(), width=int(figure.bbox.width), height=int(figure.bbox.height))
+            width, height = map(int, figure.bbox.size)
+            image = ipython.display.Image(buffer.getvalue(), width=width, height=height)
             if self._handle and self._cell == shell.execution_count:
                 self._handle.update(image)
             else:
-                self._handle, self._cell = display(image, display_id=True), shell.execution_count
-        if self._save_graph or not in_kernel:
-            with contextlib.suppress(OSError):  # a full disk costs a picture, never the training
+                self._handle, self._cell = ipython.display.display(image, display_id=True), shell.execution_count
+        with contextlib.suppress(OSError):  # a full disk costs a picture, never the training
+            if self._save_graph or not in_kernel:
                 partial = self._path.with_name(f"{self._path.stem}.tmp.png")
                 partial.write_bytes(buffer.getvalue())
                 partial.replace(self._path)
@@ -243,14 +243,12 @@ class AccLossPlotter(_Plotter):
 
     def on_epoch_begin(self, epoch, logs=None):
         super().on_epoch_begin(epoch, logs)
-        if not self._seconds:
-            self._resumed_at = epoch or None
+        self._resumed_at = self._resumed_at if self._seconds else epoch or None
         self._epoch, self._epoch_began = epoch, time.monotonic()
         self._position = f"{epoch + 1}/{self.params['epochs']}"
 
     def on_train_batch_end(self, batch, logs=None):
-        steps = self.params.get("steps")
-        if steps and time.monotonic() - self._drawn >= 2:
+        if (steps := self.params.get("steps")) and time.monotonic() - self._drawn >= 2:
             done = (batch + 1) / steps
             progress = f"{done:.0%} of epoch {self._position}, {self._left(done)} left"
             self._draw(progress, {self._epoch + done - 1: logs or {}})
@@ -270,8 +268,7 @@ class AccLossPlotter(_Plotter):
         self._draw(f"{max(self._records) + 1} epochs{took}" if self._records else "nothing was trained")
 
     def _left(self, done):
-        # While no epoch has finished since the start, or since the resume, the pace of this one has to do.
-        pace = np.median(self._seconds[-5:] or (time.monotonic() - self._epoch_began) / done)
+        pace = np.median(self._seconds[-5:] or (time.monotonic() - self._epoch_began) / done)  # at first, of this epoch
         return _duration(pace * (self.params["epochs"] - self._epoch - done))
 
     def _draw(self, progress, running=()):
@@ -296,9 +293,8 @@ class ConfusionMatrixPlotter(_Plotter):
         X_val: images, an array whose first axis counts them.
         Y_val: their labels: integers of shape (n,) or (n, 1), or one-hot of shape (n, classes).
         classes: the class names, in the order of the labels.
-        normalize, cmap, title: as for `plot_confusion_matrix`; the epoch is added to the title.
+        normalize, cmap, title: as for `plot_confusion_matrix`. save_graph, path: as for `AccLossPlotter`.
         every: redraw after every so many epochs.
-        save_graph, path: as for `AccLossPlotter`.
     """
 
     def __init__(self, X_val, Y_val, classes, normalize=False, cmap="Blues", title="Confusion Matrix", every=1,
@@ -323,8 +319,8 @@ class ConfusionMatrixPlotter(_Plotter):
             self._draw(epoch)
 
     def on_train_end(self, logs=None):
-        last = max(self._records, default=None)
-        if last != self._drawn_epoch:  # the last epoch, or a finished run shown again
+        # The last epoch, or a finished run shown again.
+        if (last := max(self._records, default=None)) != self._drawn_epoch:
             self._draw(last)
 
     def _draw(self, epoch):
@@ -365,9 +361,11 @@ class ResumableCheckpoint(_Recorder):
         settings: a dict of whatever else must be the same on resuming: batch size, seed, number of epochs, data.
         mode: `"min"`, `"max"`, or `"auto"` to go by the name of `monitor`.
         verbose: 1 says where training continues, 0 nothing; warnings are given in any case.
+        copy_to: a second directory (on Google Drive, say) for copies of both files, made in the background and compared
+            byte for byte. While it is slow, full or gone, training goes on. `restore` takes whichever file is further.
     """
 
-    def __init__(self, directory, monitor="val_loss", callbacks=(), settings=None, mode="auto", verbose=1):
+    def __init__(self, directory, monitor="val_loss", callbacks=(), settings=None, mode="auto", verbose=1, copy_to=""):
         super().__init__()
         _expect(isinstance(monitor, str), "monitor", "the name of a logged value", monitor)
         _expect(mode in ("auto", "min", "max"), "mode", '"auto", "min" or "max"', mode)
@@ -379,10 +377,16 @@ class ResumableCheckpoint(_Recorder):
             raise TypeError(f"settings: expected a dict of numbers, strings and lists, got {settings!r}") from error
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
+        self.copy_to, folders = Path(copy_to) if copy_to else None, [self.directory]
+        if copy_to:
+            self.copy_to.mkdir(exist_ok=True)  # without its parents: where a Drive is not mounted, that is an error
+            folders.append(self.copy_to)
         self.saved_path, self.best_path = self.directory / "saved_model.hdf5", self.directory / "best_model.hdf5"
+        self._files = [folder / path.name for path in (self.saved_path, self.best_path) for folder in folders]
         self.monitor, self.callbacks, self.verbose = monitor, list(callbacks), verbose
         self._maximise = mode == "max" or mode == "auto" and bool(_HIGHER_IS_BETTER.search(monitor))
-        self._restored = self._next_epoch = self.best = self.best_epoch = None
+        self._restored = self._next_epoch = self.best = self.best_epoch = self._copying = None
+        self._pool, self._patience = ThreadPoolExecutor(1), 300  # seconds that the end of a training waits for a copy
 
     def restore(self, model):
         """Loads the saved state into a built and compiled model; returns the epoch to pass to `fit` as `initial_epoch`.
@@ -398,59 +402,90 @@ class ResumableCheckpoint(_Recorder):
         self._restored = self._next_epoch = self.best = self.best_epoch = None
         self.set_model(model)
         self._records.clear()
-        problems = {}
-        for path in filter(Path.exists, (self.saved_path, self.best_path)):
+        usable, problems = [], {}
+        for path in filter(Path.exists, self._files):
             try:
-                state, arrays = self._load(path, model)
-                break
-            except Exception as error:  # whatever Keras or HDF5 raises is the reason to pass on
+                usable.append((path, *self._read(path)))
+            except Exception as error:  # whatever HDF5 raises is the reason to pass on
                 problems[path] = error if isinstance(error, ValueError) else f"it cannot be used: {error!r}"
-        else:
-            if not problems:
-                self._next_epoch = 0
-                return 0
+        if problems and not usable:
             listed = "\n".join(f"{path}: {problem}" for path, problem in problems.items())
             remedy = "To continue, undo the differences; to start anew, use another directory or move these files away."
             raise ValueError(f"There is no state to continue from, and nothing was changed.\n{listed}\n{remedy}")
+        if not usable:
+            self._next_epoch = 0
+            return 0
+        path, state, arrays = max(usable, key=lambda file: file[1]["epoch"])  # of equally far ones, the first
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        model.load_weights(path)
+        for kind, variables in (("optimizer", model.optimizer.variables), ("seeds", self._seeds())):
+            for index, variable in enumerate(variables):
+                variable.assign(arrays[f"{kind}/{index}"])
         self._restored = model, state, arrays
         self._records.update((record["epoch"], record["logs"]) for record in state["records"])
         self._next_epoch, self.best, self.best_epoch = state["next_epoch"], state["best"], state["best_epoch"]
-        if path == self.best_path:
-            why = f"{self.saved_path} is missing."
+        if problems or path.name == self.best_path.name:
+            why = "" if problems else f"{self.saved_path} is missing. "
             for bad, problem in problems.items():
                 aside = bad.replace(bad.with_name(f"{bad.stem}.unusable-{time.time_ns()}{bad.suffix}"))
-                why = f"{bad} cannot be used: {problem}\nIt was kept as {aside}."
-            lost = f"Continuing from {path}, epoch {state['epoch'] + 1}; what was trained after that epoch is lost."
-            warnings.warn(f"{why} {lost}", stacklevel=2)
+                why += f"{bad} cannot be used: {problem}\nIt was kept as {aside}. "
+            lost = f"Continuing from {path}, epoch {state['epoch'] + 1}; what was trained after it (if at all) is lost."
+            warnings.warn(f"{why}{lost}", stacklevel=2)
+        # Bring back what the local directory lost, or another machine went on with.
+        for copy in filter(Path.exists, self._files[::-2] if path.parent == self.copy_to else ()):
+            _write(self.directory / copy.name, copy.read_bytes())
         if self.verbose:
             done = "This training is complete" if state["finished"] else "Continuing"
             best = "" if self.best is None else f", best {self.monitor} {self.best:.4f} in epoch {self.best_epoch + 1}"
             print(f"{done} after epoch {state['epoch'] + 1}{best} [{self.directory}]", flush=True)
         return self._next_epoch
 
-    def _load(self, path, model):
-        """Puts what a checkpoint holds of weights, seeds and optimizer into `model`; returns its state and arrays."""
-        state, arrays = _read(path, model)
-        saved, now = state["fingerprint"], self._fingerprint(model)
+    def _read(self, path):
+        """State and arrays of a file of this training, from it alone, once every byte was found to be as written."""
+        most = 2**26 + 12 * sum(values.nbytes for values in _values(self.model.variables))
+        if path.stat().st_size > most:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes; a checkpoint of this model has at most {most:,}")
+        data = path.read_bytes()
+        at = data.find(_MARK) + len(_MARK)
+        digest = hashlib.sha256(data[:at] + b"0" * 64 + data[at + 64 :]).hexdigest().encode()
+        if _MARK not in data or data[at : at + 64] != digest:
+            raise ValueError("its checksum is missing or wrong: it is empty, cut short, damaged, or not one of ours")
+        arrays, links = {}, []
+        with h5py.File(io.BytesIO(data), "r") as file:
+            file.visititems_links(lambda *link: links.append(link))
+            for name, link in links:  # to every object in the file, following nothing to elsewhere
+                item = file[name] if isinstance(link, h5py.HardLink) else None
+                if isinstance(item, h5py.Dataset) and not item.is_virtual and not item.external:
+                    if item.dtype.hasobject or item.nbytes > len(data):
+                        raise ValueError(f"{name} claims shape {item.shape} of {item.dtype}, more than the file holds")
+                    if name.startswith(f"{_GROUP}/"):
+                        arrays[name.removeprefix(f"{_GROUP}/").removeprefix("arrays/")] = item[()]
+                elif not isinstance(item, h5py.Group):
+                    raise ValueError(f"{name} takes its data from elsewhere, which is not read")
+        state = json.loads(arrays.pop("state").tobytes())
+        if state["format"] != 1 or not _STATE <= state.keys():
+            raise ValueError(f"its format ({state['format']}) is unknown to this version of visual_callbacks.py")
+        saved, now = state["fingerprint"], self._fingerprint()
         pairs = {name: (saved.get(name, "none"), now.get(name, "none")) for name in {**saved, **now}}
         lines = [f"  {name}: saved {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
         if lines:
             raise ValueError("\n".join(["it belongs to another training:", *lines]))
-        if not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
-        model.load_weights(path)
-        for kind, variables in (("optimizer", model.optimizer.variables), ("seeds", _seeds(model))):
-            for index, variable in enumerate(variables):
-                variable.assign(arrays[f"{kind}/{index}"])
         return state, arrays
 
-    def _fingerprint(self, model):
+    def _seeds(self):
+        """The states of the seed generators inside layers: variables that are not weights."""
+        weights = {id(variable) for variable in self.model.weights}
+        return [variable for variable in self.model.variables if id(variable) not in weights]
+
+    def _fingerprint(self):
         """All that must be the same for a resumed training to equal an uninterrupted one, each value by its path."""
         # Layers are called by their position, as a model built again in the same kernel has other generated names.
-        names = {layer.name: f"layer {i}" for i, layer in enumerate(_all_layers(model))}
-        architecture = re.sub(r'"([^"\\]*)"', lambda m: json.dumps(names.get(m[1], m[1])), model.to_json())
+        names = {layer.name: f"layer {i}" for i, layer in enumerate(_all_layers(self.model))}
+        architecture = re.sub(r'"([^"\\]*)"', lambda m: json.dumps(names.get(m[1], m[1])), self.model.to_json())
         kinds = {"model": json.loads(architecture), "callbacks": [type(c).__name__ for c in self.callbacks]}
-        kinds |= {name: keras.saving.serialize_keras_object(getattr(model, name)) for name in ("loss", "optimizer")}
+        for name in ("loss", "optimizer"):
+            kinds[name] = keras.saving.serialize_keras_object(getattr(self.model, name))
         kinds["monitor"] = f"{self.monitor} ({'max' if self._maximise else 'min'})"
         return dict(_flat(_plain(kinds))) | {f"settings.{name}": value for name, value in self.settings.items()}
 
@@ -459,27 +494,28 @@ class ResumableCheckpoint(_Recorder):
             raise ValueError("restore(model) was called with another model than the one that is now being trained")
         kept = _random_state()
         try:
-            _keras_part(self.model, load_again=True)
+            self._keras_part(load_again=True)
         except OSError as error:
             warnings.warn(f"Could not try out whether this model can be saved: {error}")
         except Exception as error:  # whatever Keras raises is the reason to pass on
             remedy = "Build it as a Sequential or Functional model, from layers only."
             raise ValueError(f"model: HDF5 cannot hold {self.model.name!r}. {remedy} Keras says: {error}") from error
         finally:
-            _set_random_state(kept)  # loading made a model, whose weights were drawn at random
+            _random_state(kept)  # loading made a model, whose weights were drawn at random
         self._began = self._failure = self._best_model = self._best_file = None
         if self._restored:
             names = dict.fromkeys(name for logs in self._records.values() for name in logs)
             self.model.history.history = {n: [logs[n] for logs in self._records.values() if n in logs] for n in names}
-        self._watch_for_interrupt()
+        with contextlib.suppress(ValueError):  # only the main thread may handle signals
+            if getattr(signal.getsignal(signal.SIGINT), "__name__", "") in ("default_int_handler", "_interrupt"):
+                signal.signal(signal.SIGINT, self._interrupt)
 
     def on_epoch_begin(self, epoch, logs=None):
         super().on_epoch_begin(epoch, logs)
         if self._began:
-            self._save()
-            return
+            return self._save()
         # Before the first epoch of this `fit`: by now every other callback has reset itself.
-        if epoch != self._next_epoch and (self.saved_path.exists() or self.best_path.exists()):
+        if epoch != self._next_epoch and any(map(Path.exists, self._files)):
             remedy = "To continue it, use fit(..., initial_epoch=checkpoint.restore(model)); else, another directory."
             raise ValueError(f"fit began at epoch {epoch}, but {self.directory} holds a training unlike that. {remedy}")
         self._began, self._next_epoch = True, epoch
@@ -490,7 +526,7 @@ class ResumableCheckpoint(_Recorder):
                 if isinstance(count := counters.get("best_weights"), int):
                     counters["best_weights"] = [arrays[f"callbacks/{index}/{i}"] for i in range(count)]
                 vars(callback).update(counters)
-            _set_random_state(state["random"])
+            _random_state(state["random"])
             self._restored = None  # from here on, the live objects are ahead of it
 
     def on_epoch_end(self, epoch, logs=None):
@@ -503,15 +539,13 @@ class ResumableCheckpoint(_Recorder):
         value = _number(logs.get(self.monitor))
         if np.isfinite(value) and (self.best is None or (value > self.best if self._maximise else value < self.best)):
             self.best, self.best_epoch = value, epoch
-            # Taken now: at the very end, averaged weights (EMA) or EarlyStopping's best ones replace these.
-            self._best_model = _keras_part(self.model)
+            self._best_model = self._keras_part()  # now, as averaged weights (EMA) replace these at the very end
 
     def on_train_end(self, logs=None):
         if not self._began:  # nothing was left to train
             self.model.history.epoch = list(self._records)
             return
-        for callback in self.callbacks:
-            # EarlyStopping does the same in its own on_train_end, which may come after ours.
+        for callback in self.callbacks:  # what EarlyStopping does in its own on_train_end, which may come after ours
             if getattr(callback, "restore_best_weights", False) and callback.best_weights is not None:
                 self.model.set_weights(callback.best_weights)
         self._save(finished=self.params["epochs"])
@@ -519,27 +553,33 @@ class ResumableCheckpoint(_Recorder):
             warnings.warn(f"{self.monitor} was never logged as a finite number, so there is no {self.best_path}")
         if self._failure:
             warnings.warn(f"Training ended, but nothing after epoch {self._next_epoch} is saved: {self._failure}")
+        if self.copy_to:
+            try:
+                self._pool.submit(self._copy).result(timeout=self._patience)
+            except OSError as error:  # a timeout is one, too
+                warnings.warn(f"Training ended, but its end is not in {self.copy_to}: {error!r}")
+        self._began = None
 
     def _save(self, finished=None):
         epoch, model = max(self._records), self.model
-        numbers = [("its loss", np.array(_number(self._records[epoch].get("loss", 0.0))))]
-        numbers += zip((variable.path for variable in model.weights), _values(model.weights))
+        values = [np.array(_number(self._records[epoch].get("loss", 0.0))), *_values(model.weights)]
+        numbers = zip(["its loss", *(variable.path for variable in model.weights)], values)
         bad = [name for name, values in numbers if values.dtype.kind == "f" and not np.isfinite(values).all()]
         if bad:
             again = "An exact resume will meet the same again: lower the learning rate."
             warnings.warn(f"Nothing after epoch {self._next_epoch} is saved, as {bad[0]} is nan or infinite. {again}")
             return
         arrays = {f"optimizer/{i}": v for i, v in enumerate(_values(model.optimizer.variables))}
-        arrays |= {f"seeds/{i}": v for i, v in enumerate(_values(_seeds(model)))}
+        arrays |= {f"seeds/{i}": v for i, v in enumerate(_values(self._seeds()))}
         counters = [{name: getattr(c, name) for name in _COUNTERS if hasattr(c, name)} for c in self.callbacks]
         for index, values in enumerate(counters):
             if values.get("best_weights") is not None:
                 arrays |= {f"callbacks/{index}/{i}": v for i, v in enumerate(values["best_weights"])}
                 values["best_weights"] = len(values["best_weights"])
-        state = {"epoch": epoch, "next_epoch": finished or epoch + 1, "finished": bool(finished), "counters": counters}
-        records = [{"epoch": past, "logs": logs} for past, logs in self._records.items()]
-        state |= {"best": self.best, "best_epoch": self.best_epoch, "records": records}
-        state |= {"random": _random_state(), "fingerprint": self._fingerprint(model), "format": 1}
+        state = {"epoch": epoch, "next_epoch": finished or epoch + 1, "finished": bool(finished), "format": 1}
+        state |= {"best": self.best, "best_epoch": self.best_epoch, "counters": counters, "random": _random_state()}
+        state["records"] = [{"epoch": past, "logs": logs} for past, logs in self._records.items()]
+        state["fingerprint"] = self._fingerprint()
         try:
             if self._best_model is not None:
                 self._best_file, self._best_model = _with_state(self._best_model, state, arrays), None
@@ -547,7 +587,7 @@ class ResumableCheckpoint(_Recorder):
             if self._best_file is not None:
                 _write(self.best_path, self._best_file)
                 self._best_file = None  # only now, so that a failed save of it is made up for later
-            _write(self.saved_path, _with_state(_keras_part(model), state, arrays))
+            _write(self.saved_path, _with_state(self._keras_part(), state, arrays))
         except OSError as error:
             if not self._failure:
                 warnings.warn(f"Could not save epoch {epoch + 1}: {error}. Training goes on; each epoch tries again.")
@@ -556,26 +596,38 @@ class ResumableCheckpoint(_Recorder):
         if self._failure:
             print(f"Saving works again: epoch {epoch + 1} is in {self.saved_path}.", flush=True)
         self._failure, self._next_epoch = None, state["next_epoch"]
+        if self.copy_to and (self._copying is None or self._copying.done()):  # a slow Drive gets what is newest then
+            if self._copying and (error := self._copying.exception()):
+                warnings.warn(f"Could not copy to {self.copy_to}: {error}. Training goes on; each epoch tries again.")
+            self._copying = self._pool.submit(self._copy)
 
-    def _watch_for_interrupt(self):
+    def _keras_part(self, load_again=False):
+        """The bytes of the HDF5 file that `model.save` writes; with `load_again`, only if Keras can load it again."""
+        logger, quiet = logging.getLogger("absl"), lambda record: "HDF5" not in record.getMessage()
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as afterwards:
+            logger.addFilter(quiet)
+            afterwards.callback(logger.removeFilter, quiet)  # Keras calls HDF5 a legacy format at each save
+            path = Path(folder, "model.hdf5")
+            self.model.save(path, include_optimizer=False)  # else Keras strips it from the live model's compile config
+            if load_again:
+                own = {type(layer).__name__: type(layer) for layer in _all_layers(self.model)}
+                keras.models.load_model(path, custom_objects=own, compile=False, safe_mode=False)
+            return path.read_bytes()
+
+    def _copy(self):
+        # Read in the opposite order of writing: the copy of the best one may be newer than the other, but not older.
+        files = [(path.name, path.read_bytes()) for path in (self.saved_path, self.best_path) if path.exists()]
+        for name, data in reversed(files):
+            target = self.copy_to / name
+            if not (target.exists() and target.read_bytes() == data):
+                _write(target, data)
+
+    def _interrupt(self, number, frame):
         """Says at Ctrl-C (or Jupyter's Stop) where training will continue: Keras calls no callback then."""
-        found = signal.getsignal(signal.SIGINT)
-        previous = getattr(found, "previous", found)  # of several trainings, the last one speaks
-
-        def handler(number, frame):
-            signal.signal(signal.SIGINT, previous)
-            # Only where a fit of our model is going on: an error may have ended it without our knowing.
-            if any(outer.f_locals.get("self") is self.model for outer, _ in traceback.walk_stack(frame)):
-                print(
-                    f"\nStopped. Run again to continue with epoch {self._next_epoch + 1}. [{self.directory}]",
-                    flush=True,
-                )
-            previous(number, frame)
-
-        handler.previous = previous
-        with contextlib.suppress(ValueError):  # only the main thread may handle signals
-            if callable(previous):  # else the process was started with Ctrl-C switched off
-                signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._began:
+            print(f"\nStopped. Run again to continue with epoch {self._next_epoch + 1}. [{self.directory}]", flush=True)
+        raise KeyboardInterrupt
 
 
 def _plain(value):
@@ -601,43 +653,18 @@ def _values(variables):
     return [np.asarray(keras.ops.convert_to_numpy(variable)) for variable in variables]
 
 
-def _seeds(model):
-    """The states of the seed generators inside layers: variables that are not weights."""
-    weights = {id(variable) for variable in model.weights}
-    return [variable for variable in model.variables if id(variable) not in weights]
-
-
-def _random_state():
-    state = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
-    if torch:
-        state["torch"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-    return _plain(state)
-
-
-def _set_random_state(state):
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(state["numpy"])
-    if torch and "torch" in state:
-        cpu, *devices = (torch.tensor(values, dtype=torch.uint8) for values in state["torch"])
-        torch.set_rng_state(cpu)
-        torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
-
-
-def _keras_part(model, load_again=False):
-    """The bytes of the HDF5 file that `model.save` writes; with `load_again`, only if Keras can load it again."""
-    logger, quiet = logging.getLogger("absl"), logging.Filter()
-    quiet.filter = lambda record: "HDF5" not in record.getMessage()  # Keras calls it a legacy format at each save
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as afterwards:
-        logger.addFilter(quiet)
-        afterwards.callback(logger.removeFilter, quiet)
-        path = Path(folder, "model.hdf5")
-        # Without the optimizer, which Keras would strip from the live model's compile config.
-        model.save(path, include_optimizer=False)
-        if load_again:
-            own = {type(layer).__name__: type(layer) for layer in _all_layers(model)}
-            keras.models.load_model(path, custom_objects=own, compile=False, safe_mode=False)
-        return path.read_bytes()
+def _random_state(state=None):
+    """The global random states of Python, NumPy and PyTorch as plain data; with `state`, sets them to it first."""
+    if state:
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        np.random.set_state(state["numpy"])
+        if torch and state.get("torch"):
+            cpu, *devices = (torch.tensor(values, dtype=torch.uint8) for values in state["torch"])
+            torch.set_rng_state(cpu)
+            torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
+    states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()] if torch else []
+    return _plain({"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": states})
 
 
 def _with_state(keras_part, state, arrays):
@@ -664,37 +691,9 @@ def _write(path, data):
         if partial.read_bytes() != data:
             raise OSError(f"{partial} reads back differently from what was written")
         os.replace(partial, path)
-        if os.name == "posix":  # makes the rename last through a power cut; Windows has no such call
+        with contextlib.suppress(OSError):  # on Windows and some network drives, folders cannot be flushed
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
+            os.fsync(folder)  # makes the rename last through a power cut
             os.close(folder)
     finally:
         partial.unlink(missing_ok=True)  # after a failure; else it was renamed
-
-
-def _read(path, model):
-    """The state and the arrays of a checkpoint, from this file alone, once every byte was found to be as written."""
-    most = 2**26 + 12 * sum(values.nbytes for values in _values(model.variables))
-    if path.stat().st_size > most:
-        raise ValueError(f"it has {path.stat().st_size:,} bytes; a checkpoint of this model has at most {most:,}")
-    data = path.read_bytes()
-    at = data.find(_MARK) + len(_MARK)
-    digest = hashlib.sha256(data[:at] + b"0" * 64 + data[at + 64 :]).hexdigest().encode()
-    if _MARK not in data or data[at : at + 64] != digest:
-        raise ValueError("its checksum is missing or wrong: it is empty, cut short, damaged, or not of this callback")
-    arrays, links = {}, []
-    with h5py.File(io.BytesIO(data), "r") as file:
-        file.visititems_links(lambda *link: links.append(link))
-        for name, link in links:  # to every object in the file, following nothing to elsewhere
-            item = file[name] if isinstance(link, h5py.HardLink) else None
-            if isinstance(item, h5py.Dataset) and not item.is_virtual and not item.external:
-                if item.dtype.hasobject or item.nbytes > len(data):
-                    raise ValueError(f"{name} claims shape {item.shape} of {item.dtype}, more than the file holds")
-                if name.startswith(f"{_GROUP}/"):
-                    arrays[name.removeprefix(f"{_GROUP}/").removeprefix("arrays/")] = item[()]
-            elif not isinstance(item, h5py.Group):
-                raise ValueError(f"{name} takes its data from elsewhere, which is not read")
-    state = json.loads(arrays.pop("state").tobytes())
-    if state["format"] != 1 or not _STATE <= state.keys():
-        raise ValueError(f"its format ({state['format']}) is unknown to this version of visual_callbacks.py")
-    return state, arrays

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -98,6 +99,32 @@ def test_resumed_equals_uninterrupted_on_other_backends(backend):
         )
         assert "Continuing after epoch" in result.stdout
         assert same(f"whole-{config}", f"parts-{config}") == [True, True]
+
+
+def losses(path):
+    with h5py.File(path) as file:
+        state = json.loads(file["resumable_checkpoint/state"][()].tobytes())
+    return [record["logs"]["loss"] for record in state["records"]]
+
+
+@pytest.mark.parametrize("before, after", [("tensorflow", "jax"), ("jax", "torch"), ("torch", "tensorflow")])
+def test_a_checkpoint_of_one_backend_continues_on_another(before, after):
+    for backend in (before, after):
+        probe = subprocess.run([sys.executable, "-c", f"import {backend}"], capture_output=True)
+        needs(probe.returncode == 0, backend)
+
+    def run(backend, *arguments):
+        command = [sys.executable, str(ROOT / "tests" / "training.py"), "adamw", *arguments]
+        env = {**os.environ, "KERAS_BACKEND": backend}
+        return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+
+    run(before, "whole")
+    run(before, "run", "3")
+    said = run(after, "run")
+    assert "after epoch 3" in said and "began 3" in said and "began 2" not in said
+    whole, continued = losses(Path("whole", SAVED)), losses(Path("run", SAVED))
+    assert continued[:3] == whole[:3] and len(continued) == EPOCHS
+    assert np.allclose(continued[3:], whole[3:], rtol=0.1)  # not bit for bit: dropout draws other numbers
 
 
 def test_global_random_states_continue():
@@ -467,6 +494,125 @@ def test_a_folder_that_vanishes_and_returns():
         train("sgd", "run", extra=[away])
     train("sgd", "whole")
     assert same("whole", "run") == [True, True]
+
+
+# Copies on a Drive ----
+
+
+@pytest.fixture
+def drive(tmp_path):
+    """A folder that stands for a mounted Drive; copies go to `copies` in it."""
+    (tmp_path / "drive").mkdir()
+    return tmp_path / "drive" / "copies"
+
+
+def test_a_lost_machine_is_made_up_for_by_the_copies(drive, capsys):
+    train("sgd", "whole")
+    interrupt("sgd", "first machine", 3, copy_to=drive)
+    _, history, checkpoint = train("sgd", "second machine", copy_to=drive)
+    assert "Continuing after epoch 3" in capsys.readouterr().out and history.epoch == list(range(EPOCHS))
+    for folder in ("second machine", drive):
+        assert same("whole", folder) == [True, True]
+    shutil.rmtree("second machine")
+    train("sgd", "third machine", copy_to=drive)  # where nothing is left to train
+    assert "This training is complete" in capsys.readouterr().out and same("whole", "third machine") == [True, True]
+
+
+@pytest.mark.parametrize("ahead", ["the copies", "the machine"])
+def test_whichever_is_further_is_continued(drive, ahead, capsys):
+    train("sgd", "whole")
+    interrupt("sgd", "run", 2, copy_to=drive)
+    shutil.copytree(drive, "older")
+    interrupt("sgd", "run", 4, copy_to=drive)
+    behind = Path("run") if ahead == "the copies" else drive
+    shutil.rmtree(behind)
+    shutil.copytree("older", behind)
+    train("sgd", "run", copy_to=drive)
+    assert "Continuing after epoch 4" in capsys.readouterr().out.splitlines()[-1]
+    assert same("whole", "run") == same("whole", drive) == [True, True]
+
+
+def test_a_damaged_file_is_replaced_by_its_copy(drive):
+    train("sgd", "whole")
+    interrupt("sgd", "run", 4, copy_to=drive)
+    damage(Path("run", SAVED), ("flip", 0.5))
+    with pytest.warns(UserWarning, match="saved_model.hdf5 cannot be used: its checksum"):
+        train("sgd", "run", copy_to=drive)
+    assert same("whole", "run") == same("whole", drive) == [True, True]
+
+
+def test_copies_of_another_training_are_refused_and_left_alone(drive):
+    train("sgd", "other", copy_to=drive)
+    before = {path.name: path.read_bytes() for path in drive.iterdir()}
+    with pytest.raises(ValueError, match="settings.batch: saved 16, now 32"):
+        train("sgd", "run", settings={"batch": 32}, copy_to=drive)
+    assert {path.name: path.read_bytes() for path in drive.iterdir()} == before
+    checkpoint = ResumableCheckpoint("run", copy_to=drive)  # nor may one forget `restore`
+    model = training.sequential()
+    model.compile("sgd", "categorical_crossentropy")
+    with pytest.raises(ValueError, match="fit began at epoch 0"):
+        model.fit(*images(), verbose=0, callbacks=[checkpoint])
+
+
+def test_a_drive_that_goes_away_and_returns(drive):
+    aside = drive.with_name("gone")
+    away = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: (
+            (time.sleep(0.3), drive.rename(aside))  # after the copying that goes on in the background
+            if epoch == 2
+            else (time.sleep(0.3), aside.rename(drive))
+            if epoch == 4
+            else None
+        )
+    )
+    with pytest.warns(UserWarning, match=f"Could not copy to {drive}: .*No such file"):
+        train("sgd", "run", copy_to=drive, extra=[away])
+    train("sgd", "whole")
+    assert same("whole", "run") == same("whole", drive) == [True, True]
+
+
+def test_a_full_drive_costs_the_training_nothing(mount):
+    train("sgd", "whole")
+    (mount.folder / "filler").write_bytes(bytes(360_000))
+    with pytest.warns(UserWarning, match="its end is not in .*No space left"):
+        train("sgd", "run", copy_to=mount.folder / "copies")
+    assert same("whole", "run") == [True, True]
+    (mount.folder / "filler").unlink()
+    train("plateau", "more", monitor="loss", copy_to=mount.folder / "copies")
+    assert same("more", mount.folder / "copies") == [True, True]
+
+
+class Hurried(ResumableCheckpoint):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._patience = 0.1
+
+
+def test_a_slow_drive_holds_up_nothing_but_the_end(drive, monkeypatch):
+    answers, write = threading.Event(), visual_callbacks._write
+
+    def slow_write(path, data):
+        if path.parent == drive:
+            answers.wait(60)
+        write(path, data)
+
+    monkeypatch.setattr(visual_callbacks, "_write", slow_write)
+    monkeypatch.setattr(training, "ResumableCheckpoint", Hurried)
+    train("sgd", "whole")
+    with pytest.warns(UserWarning, match="its end is not in .*TimeoutError"):
+        train("sgd", "run", copy_to=drive)
+    assert same("whole", "run") == [True, True] and not list(drive.iterdir())
+    answers.set()  # what waits is then written, the newest last
+    for _ in range(100):
+        time.sleep(0.05)
+        if (drive / SAVED).exists() and (drive / SAVED).read_bytes() == Path("whole", SAVED).read_bytes():
+            break
+    assert same("whole", drive) == [True, True]
+
+
+def test_a_drive_that_is_not_mounted_is_an_error_before_training():
+    with pytest.raises(FileNotFoundError, match="no such drive"):
+        ResumableCheckpoint("run", copy_to="no such drive/copies")
 
 
 # NaN ----
