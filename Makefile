@@ -1,4 +1,5 @@
-# make run [KNOB=value ...] · make lab · make test · make release [PRESET=full]: each makes its own environment first.
+# make run [KNOB=value ...] · make lab · make test · make test-colab · make release [PRESET=full] [REPOSITORY=owner/name]
+# Each makes its own environment first.
 
 NOTEBOOK := CIFAR_10_Classification.ipynb
 RESULTS := models/runs
@@ -13,7 +14,7 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python;
 	$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 # What was set on the command line is a knob of the notebook's `parameters` cell.
-KNOBS := $(foreach name,$(filter-out PYTHON VENV,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),$(name)))
+KNOBS := $(foreach name,$(filter-out PYTHON VENV REPOSITORY,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),$(name)))
 
 .DELETE_ON_ERROR:
 .PHONY: run lab test release lint
@@ -37,6 +38,7 @@ test: $(VENV)/ready-to-test
 
 release: $(VENV)/ready-to-test
 	@test -n "$$CIFAR10_NPZ" || { echo "Set CIFAR10_NPZ to the array file of the real data." >&2; exit 2; }
+	$(if $(REPOSITORY),$(BIN)/python tests/release.py --repository '$(REPOSITORY)')
 	$(MAKE) run
 	$(BIN)/python tests/release.py $(RESULTS)/$(NOTEBOOK)
 

@@ -1,6 +1,7 @@
 """Renews what is committed from an executed run; `make release [PRESET=full]` calls it.
 
     python tests/release.py EXECUTED.ipynb
+    python tests/release.py --repository OWNER/NAME     writes the address into badge and first cell, before a run
 
 The default preset's run gives the notebook's outputs and the figures, that of the full preset the shipped weights. The
 tests import `code_digest` from here, to notice a code cell edited since.
@@ -23,6 +24,16 @@ def code_digest(notebook):
     """SHA-256 of all code cells, to tell whether one was edited after the outputs were made."""
     sources = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     return hashlib.sha256(sources.encode()).hexdigest()
+
+
+def set_repository(notebook, repository):
+    """Writes the repository's address, owner/name on GitHub, into the badge and into the cell that needs it."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        sys.exit(f"REPOSITORY: expected owner/name, got {repository!r}")
+    badge, first = notebook.cells[:2]
+    address = f"https://colab.research.google.com/github/{repository}/blob/main/{NOTEBOOK.name}"
+    badge.source = re.sub(r"\(https://colab\.research\.google\.com/(?!assets)[^)]*\)", f"({address})", badge.source)
+    first.source = re.sub(r'repository = "[^"]*"', f'repository = "{repository}"', first.source)
 
 
 def printed(notebook):
@@ -48,6 +59,11 @@ def clean(notebook):
 
 
 def main():
+    if sys.argv[1] == "--repository":
+        notebook = nbformat.read(NOTEBOOK, as_version=4)
+        set_repository(notebook, sys.argv[2])
+        nbformat.write(notebook, NOTEBOOK)
+        return
     notebook = nbformat.read(sys.argv[1], as_version=4)
     text = printed(notebook)
     folder = ROOT / re.search(r"This run is kept in (\S+)", text)[1]

@@ -1,6 +1,8 @@
 """The real notebook, executed as `make run` executes it: end to end on the stand-in, and on every bad input."""
 
 import ast
+import functools
+import http.server
 import json
 import os
 import pickle
@@ -8,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import keras
@@ -16,7 +19,8 @@ import numpy as np
 import papermill
 import pytest
 from conftest import ROOT, needs
-from release import FIGURES, NOTEBOOK, clean, code_digest, printed
+from PIL import Image
+from release import FIGURES, NOTEBOOK, clean, code_digest, printed, set_repository
 
 SMALL = {"EPOCHS": 2, "WIDTHS": [8, 8, 16], "BATCH_SIZE": 200}
 NO_NETWORK = "http://127.0.0.1:9"  # where nobody listens: a proxy that refuses every connection at once
@@ -69,7 +73,7 @@ def test_end_to_end_on_the_stand_in_and_again(checkout):
     shown = float(text.split("Test accuracy: ")[1].split()[0])
     loaded = keras.models.load_model(folder / "best_model.hdf5", compile=False)
     assert loaded.output_shape == (None, 10)
-    again = execute(checkout)
+    again = execute(checkout, TENSORBOARD=False, KEEP_ON_DRIVE=False)  # no setting of the training
     text = printed(again)
     assert "This training is complete after epoch 2" in text and "epoch 1/2 " not in text
     assert len(pictures(again, cell_with(again, "history = model.fit("))) == 2
@@ -205,11 +209,162 @@ def test_a_network_that_never_answers_is_given_up(checkout, monkeypatch):
         assert "DIGITS as a stand-in" in printed(execute(checkout))
 
 
+# Colab ----
+
+# A stand-in for what a Colab runtime has: google.colab, and the way to GitHub, where the helper file comes from.
+COLAB = """
+import io, pathlib, sys, types, urllib.request
+
+class Drive:
+    def mount(self, path):
+        print("MOUNTED", path)
+        pathlib.Path(path, "MyDrive").mkdir(parents=True, exist_ok=True)
+
+class Files:
+    def upload(self):
+        pathlib.Path("uploaded.png").write_bytes(pathlib.Path("pictures", "square.png").read_bytes())
+        return {"uploaded.png": b""}
+
+def urlopen(address, **options):
+    if address == "https://raw.githubusercontent.com/someone/cnn/main/visual_callbacks.py":
+        print("FETCHED", address)
+        return io.BytesIO(pathlib.Path(HELPER).read_bytes())
+    return real_urlopen(address, **options)
+
+real_urlopen, urllib.request.urlopen = urllib.request.urlopen, urlopen
+colab = types.ModuleType("google.colab")
+colab.drive, colab.files = Drive(), Files()
+sys.modules["google.colab"] = colab
+"""
+
+
+def on_colab(folder, **knobs):
+    """Runs the notebook, and nothing beside it, as on a fresh Colab runtime whose Drive is `folder`/drive."""
+    source = nbformat.read(NOTEBOOK, as_version=4)
+    set_repository(source, "someone/cnn")
+    source.cells.insert(0, nbformat.v4.new_code_cell(f"HELPER = {str(ROOT / 'visual_callbacks.py')!r}\n" + COLAB))
+    for left in ("visual_callbacks.py", "models"):
+        shutil.rmtree(folder / left, ignore_errors=True)
+        (folder / left).unlink(missing_ok=True)
+    nbformat.write(source, folder / NOTEBOOK.name)
+    return execute(folder, KEEP_ON_DRIVE=True, **knobs)
+
+
+def test_after_a_disconnect_of_colab_run_all_is_all_it_takes(checkout):
+    whole = printed(on_colab(checkout, EPOCHS=3))
+    assert "FETCHED https://raw" in whole and f"MOUNTED {checkout / 'drive'}" in whole and "Continuing" not in whole
+    (kept,) = (checkout / "drive" / "MyDrive").iterdir()
+    kept.rename(checkout / "expected")
+    shutil.copytree(checkout / "expected", kept)
+    again = printed(on_colab(checkout, EPOCHS=3))  # on a new machine, where only the Drive is as it was
+    assert "This training is complete after epoch 3" in again and "epoch 1/3" not in again
+    assert again.split("Test accuracy: ")[1] == whole.split("Test accuracy: ")[1]
+
+
+def test_without_the_helper_file_and_an_address_it_is_an_error_that_says_what_to_do(checkout):
+    (checkout / "visual_callbacks.py").unlink()
+    with pytest.raises(papermill.PapermillExecutionError, match="visual_callbacks.py is not beside this notebook. Put"):
+        execute(checkout)
+
+
+def test_the_address_is_written_into_badge_and_first_cell():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    set_repository(notebook, "someone/cnn")
+    set_repository(notebook, "someone/else")  # and can be changed
+    address = "https://colab.research.google.com/github/someone/else/blob/main/CIFAR_10_Classification.ipynb"
+    assert f"]({address})" in notebook.cells[0].source and 'repository = "someone/else"' in notebook.cells[1].source
+    with pytest.raises(SystemExit, match="owner/name"):
+        set_repository(notebook, "nobody")
+
+
+# Several devices ----
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras distributes on TensorFlow and JAX only")
+def test_two_devices_share_the_work_and_a_checkpoint(checkout, monkeypatch):
+    source = nbformat.read(checkout / NOTEBOOK.name, as_version=4)
+    if keras.backend.backend() == "jax":
+        monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+        count = "keras.distribution.distribution().device_mesh.shape[0]"
+    else:
+        two = "tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], [{}, {}])".format(
+            *["tf.config.LogicalDeviceConfiguration()"] * 2
+        )
+        source.cells.insert(0, nbformat.v4.new_code_cell(f"import tensorflow as tf\n{two}"))
+        count = "tf.distribute.get_strategy().num_replicas_in_sync"
+    source.cells.append(nbformat.v4.new_code_cell(f"print({count}, 'DEVICES')"))
+    nbformat.write(source, checkout / NOTEBOOK.name)
+    text = printed(execute(checkout, EPOCHS=1))
+    assert "2 DEVICES" in text and "epoch 1/1" in text
+    text = printed(execute(checkout, EPOCHS=1))
+    assert "2 DEVICES" in text and "This training is complete after epoch 1" in text
+
+
+# Own pictures ----
+
+
+def draw_pictures(folder):
+    """Pictures of many kinds in `folder`: black below, their upper half red, or grey where there is no colour."""
+    folder.mkdir()
+    picture = Image.new("RGB", (60, 80), "black")
+    picture.paste("red", (0, 0, 60, 40))
+    picture.crop((0, 0, 60, 60)).save(folder / "square.png")
+    picture.convert("L").save(folder / "grey.png")
+    Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 256).save(folder / "grey16.png")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.quantize(4).save(folder / "palette.gif", transparency=0)
+    clear = picture.convert("RGBA")
+    clear.putalpha(0)
+    clear.save(folder / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held sideways: to be turned by 90 degrees clockwise
+    picture.rotate(90, expand=True).save(folder / "rotated.jpg", exif=exif, quality=95)
+    Image.new("RGB", (1, 1), "red").save(folder / "tiny.png")
+    good = sorted(path.name for path in folder.iterdir())
+    (folder / "broken.png").write_bytes((folder / "grey.png").read_bytes()[:60])
+    (folder / "notes.txt").write_text("no picture")
+    Image.new("1", (10_000, 10_000)).save(folder / "wide.png")
+    (folder / "heavy.png").write_bytes((folder / "square.png").read_bytes() + bytes(20_000_000))
+    return good, ["broken.png", "notes.txt", "wide.png", "heavy.png"]
+
+
+def test_pictures_of_any_kind_are_classified_and_others_are_named_and_skipped(checkout, monkeypatch):
+    good, bad = draw_pictures(checkout / "pictures")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(checkout / "pictures"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        source = nbformat.read(checkout / NOTEBOOK.name, as_version=4)
+        source.cells.insert(0, nbformat.v4.new_code_cell(f"HELPER = ''\n{COLAB}"))
+        look = "print('SEEN', {n: np.asarray(open_picture(f'pictures/{n}'))[[5, -5], 5].tolist() for n in GOOD})"
+        source.cells.append(nbformat.v4.new_code_cell(look.replace("GOOD", repr([n for n in good if n != "tiny.png"]))))
+        nbformat.write(source, checkout / NOTEBOOK.name)
+        web = [f"{address}/cmyk.jpg", f"{address}/none.jpg", f"{address}/heavy.png"]
+        notebook = execute(checkout, EPOCHS=1, PICTURES=["pictures", "missing.jpg", *web, "upload"])
+        server.shutdown()
+    skipped = [line for line in printed(notebook).splitlines() if line.startswith("Skipped ")]
+    for name in [*(f"pictures/{name}" for name in bad), "missing.jpg", *web[1:]]:
+        assert sum(line.startswith(f"Skipped {name}: ") for line in skipped) == 1, (name, skipped)
+    assert len(skipped) == len(bad) + 3
+    shown = pictures(notebook, cell_with(notebook, "def classify"))
+    assert len(shown) == len(good) + 2  # one from the web, one uploaded
+    seen = ast.literal_eval(printed(notebook).split("SEEN ")[1].splitlines()[0])
+    for name, (above, below) in seen.items():
+        expected = (255, 255, 255) if name == "clear.png" else (76, 76, 76) if "grey" in name else (254, 0, 0)
+        if name != "palette.gif":  # whose first colour is transparent, and so white
+            assert np.allclose(above, expected, atol=6), (name, above)
+        assert name == "clear.png" or np.allclose(below, 0, atol=6) or below == [255, 255, 255], (name, below)
+
+
 def test_make_run_refuses_an_unknown_knob_and_lists_the_valid_ones():
     needs(shutil.which("make") and (ROOT / ".venv").exists(), "make with its environment")
     result = subprocess.run(["make", "run", "EPOCH=1"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode and "EPOCH is not a knob" in result.stderr
-    assert "PRESET DATA_FILE SEED EPOCHS SMALL_SHARE" in result.stderr and "Executing" not in result.stderr
+    assert (
+        "PRESET DATA_FILE PICTURES KEEP_ON_DRIVE TENSORBOARD SEED EPOCHS" in result.stderr
+        and "Executing" not in result.stderr
+    )
 
 
 def test_the_parameters_cell_holds_literals_only():
@@ -232,7 +387,8 @@ def test_a_preset_decides_what_was_not_set_and_an_unknown_one_is_refused(checkou
     knobs = {}
     exec(cell.source, {}, knobs)
     expected = {name: value["full"] if isinstance(value, dict) else value for name, value in knobs.items()}
-    del expected["DATA_FILE"]
+    for name in ("DATA_FILE", "PICTURES", "KEEP_ON_DRIVE", "TENSORBOARD"):  # no settings of the training
+        del expected[name]
     assert settings == {**expected, **SMALL, "PRESET": "full"}
     with pytest.raises(papermill.PapermillExecutionError, match="PRESET: expected .default. or .full., got .large."):
         execute(checkout, PRESET="large")
