@@ -36,6 +36,13 @@ test: $(VENV)/ready-to-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
+# Other sets of versions (tests/stacks), each in an environment of its own: test-colab, test-oldest, test-jax, test-torch.
+test-%: tests/stacks/%.txt
+	$(PYTHON) -m venv $(VENV)/stacks/$*
+	$(VENV)/stacks/$*/$(notdir $(BIN))/python -m pip install --quiet --disable-pip-version-check -r $<
+	KERAS_BACKEND=$(or $(filter jax torch,$*),tensorflow) $(VENV)/stacks/$*/$(notdir $(BIN))/python -m pytest \
+	-m 'stack$(if $(filter colab,$*), or colab or browser)'
+
 release: $(VENV)/ready-to-test
 	@test -n "$$CIFAR10_NPZ" || { echo "Set CIFAR10_NPZ to the array file of the real data." >&2; exit 2; }
 	$(if $(REPOSITORY),$(BIN)/python tests/release.py --repository '$(REPOSITORY)')

@@ -1,5 +1,6 @@
 """The live view in a real browser: Chromium, driven by Playwright, against real JupyterLab and Notebook servers.
 
+Where Notebook 6.5 is installed, as in Colab's set of versions, it takes the place of JupyterLab 4 and Notebook 7.
 Screenshots are kept in tests/artefacts.
 """
 
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from importlib import metadata
 
 import nbformat
 import pytest
@@ -37,9 +39,34 @@ callbacks.append(keras.callbacks.LambdaCallback(on_epoch_end=mine))
 model.fit(x, y, epochs={EPOCHS}, validation_data=(x, y), verbose=0, callbacks=callbacks)
 print("after training")
 """
+# Of each front end: where the notebook is, what its server and its page are told, and where outputs are.
+JUPYTER = {
+    "ready": "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
+    "run": "window.jupyterapp.commands.execute('notebook:run-all-cells')",
+    "restart": "window.jupyterapp.commands.execute('notebook:restart-run-all')",
+    "confirm": ".jp-Dialog .jp-mod-accept",
+    "save": "window.jupyterapp.commands.execute('docmanager:save')",
+    "output": ".jp-OutputArea-output",
+}
+OPEN = ["--IdentityProvider.token=", "--ServerApp.port_retries=0"]
+FRONT_ENDS = {
+    "lab": JUPYTER | {"url": "lab/tree/live.ipynb", "server": [*OPEN, "--LabApp.expose_app_in_browser=True"]},
+    "notebook": JUPYTER
+    | {"url": "notebooks/live.ipynb", "server": [*OPEN, "--JupyterNotebookApp.expose_app_in_browser=True"]},
+    "notebook 6": {
+        "url": "notebooks/live.ipynb",
+        "server": ["--NotebookApp.token=", "--NotebookApp.port_retries=0"],
+        "ready": "window.Jupyter?.notebook?._fully_loaded && window.Jupyter.notebook.kernel?.is_connected()",
+        "run": "Jupyter.notebook.execute_all_cells()",
+        "restart": "Jupyter.notebook.restart_run_all({confirm: false})",
+        "save": "Jupyter.notebook.save_notebook()",
+        "output": ".output_area",
+    },
+}
+OLD = int(metadata.version("notebook").split(".")[0]) < 7
 # Notes each state of the pictures, at every change of the page: how many there are, how high, and which.
-WATCH = """() => {
-  const outputs = () => [...document.querySelectorAll('.jp-Notebook .jp-OutputArea-output img')];
+WATCH = """output => {
+  const outputs = () => [...document.querySelectorAll(output + ' img')];
   window.seen = [];
   const note = () => {
     const images = outputs();
@@ -63,31 +90,17 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture(params=["lab", "notebook"])
+@pytest.fixture(params=["notebook 6"] if OLD else ["lab", "notebook"])
 def page(request, browser, tmp_path):
-    """A page with the notebook opened in JupyterLab or in Notebook 7, its kernel ready."""
+    """A page with the notebook opened in a front end, its kernel ready."""
     shutil.copy(ROOT / "visual_callbacks.py", tmp_path)
     cells = [nbformat.v4.new_code_cell(SETUP.strip()), nbformat.v4.new_code_cell(TRAIN.strip())]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "live.ipynb")
-    port = {"lab": 18888, "notebook": 18889}[request.param]
-    app = {"lab": "LabApp", "notebook": "JupyterNotebookApp"}[request.param]
-    server = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "jupyter",
-            request.param,
-            "--no-browser",
-            "--allow-root",
-            f"--port={port}",
-            "--ip=127.0.0.1",
-        ]
-        + ["--IdentityProvider.token=", "--ServerApp.port_retries=0", f"--{app}.expose_app_in_browser=True"],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    front, port = FRONT_ENDS[request.param], 18888 + list(FRONT_ENDS).index(request.param)
+    command = [sys.executable, "-m", "jupyter", request.param.split()[0], "--no-browser", "--allow-root"]
+    command += [f"--port={port}", "--ip=127.0.0.1", *front["server"]]
+    server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}/"
         for _ in range(120):
@@ -97,10 +110,9 @@ def page(request, browser, tmp_path):
             except OSError:
                 time.sleep(0.5)
         view = browser.new_page(viewport={"width": 1200, "height": 1500})
-        view.name = request.param
-        view.goto(url + {"lab": "lab/tree/live.ipynb", "notebook": "notebooks/live.ipynb"}[request.param])
-        view.wait_for_function("window.jupyterapp && document.querySelector('.jp-Notebook')", timeout=120_000)
-        view.wait_for_function(READY, timeout=120_000)
+        view.name, view.front = request.param.replace(" ", "_"), front
+        view.goto(url + front["url"])
+        view.wait_for_function(front["ready"], timeout=120_000)
         yield view
         view.close()
     finally:
@@ -108,22 +120,18 @@ def page(request, browser, tmp_path):
         server.wait()
 
 
-READY = "window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
-
-
 def command(page, name):
-    page.evaluate("name => { window.jupyterapp.commands.execute(name); }", name)
+    page.evaluate("command => { new Function(command)(); }", page.front[name])
 
 
 def text(page):
-    return page.evaluate("[...document.querySelectorAll('.jp-OutputArea-output')].map(e => e.innerText).join('\\n')")
+    every = "output => [...document.querySelectorAll(output)].map(e => e.innerText).join('\\n')"
+    return page.evaluate(every, page.front["output"])
 
 
 def wait_for_the_end(page):
-    page.wait_for_function(
-        "[...document.querySelectorAll('.jp-OutputArea-output')].some(e => e.innerText.includes('after training'))",
-        timeout=180_000,
-    )
+    said = "output => [...document.querySelectorAll(output)].some(e => e.innerText.includes('after training'))"
+    page.wait_for_function(said, arg=page.front["output"], timeout=180_000)
     time.sleep(1)  # the last update of a picture travels apart from the text
     return page.evaluate("window.seen")
 
@@ -140,28 +148,29 @@ def check(states):
 
 
 def test_the_live_view(page):
-    page.evaluate(WATCH)
-    command(page, "notebook:run-all-cells")
+    page.evaluate(WATCH, page.front["output"])
+    command(page, "run")
     states = wait_for_the_end(page)
     page.screenshot(path=_artefact(f"{page.name}_trained.png"))
     check(states)
     expected = ["before training", *(f"my own line {epoch + 1}" for epoch in range(EPOCHS)), "after training"]
     assert [line for line in text(page).splitlines() if line.strip()][-len(expected) :] == expected
 
-    command(page, "notebook:restart-run-all")
-    page.wait_for_selector(".jp-Dialog .jp-mod-accept").click()
-    page.wait_for_function(
-        "![...document.querySelectorAll('.jp-OutputArea-output')].some(e => e.innerText.includes('after'))"
-    )
+    command(page, "restart")
+    if "confirm" in page.front:
+        page.wait_for_selector(page.front["confirm"]).click()
+    gone = "output => ![...document.querySelectorAll(output)].some(e => e.innerText.includes('after'))"
+    page.wait_for_function(gone, arg=page.front["output"])
     page.evaluate("window.seen.length = 0")
     check(wait_for_the_end(page))
 
     last = page.evaluate("window.seen[window.seen.length - 1].map(state => state[1])")
-    command(page, "docmanager:save")
+    command(page, "save")
     time.sleep(2)
     page.reload()
-    page.wait_for_function("document.querySelectorAll('.jp-OutputArea-output img').length >= 2", timeout=60_000)
-    page.evaluate(WATCH)
+    both = "output => document.querySelectorAll(output + ' img').length >= 2"
+    page.wait_for_function(both, arg=page.front["output"], timeout=60_000)
+    page.evaluate(WATCH, page.front["output"])
     page.evaluate("document.body.setAttribute('data-look', '1')")
     page.wait_for_function("window.seen.length > 0")
     page.screenshot(path=_artefact(f"{page.name}_reloaded.png"))

@@ -64,6 +64,7 @@ def variables(model):
 # Exactly equal ----
 
 
+@pytest.mark.stack
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("first", [False, True], ids=["checkpoint last", "checkpoint first"])
 def test_resumed_equals_uninterrupted_to_the_last_byte(config, first):

@@ -5,6 +5,7 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.colab
 SETUP = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})

@@ -13,6 +13,8 @@ from matplotlib.testing.compare import compare_images
 import visual_callbacks
 from visual_callbacks import AccLossPlotter, ConfusionMatrixPlotter, plot_confusion_matrix, plot_history
 
+pytestmark = pytest.mark.stack
+
 
 def fit(model, x, y, callbacks, epochs=2, validation=True, **more):
     validation_data = (x[:30], y[:30]) if validation else None
