@@ -167,7 +167,7 @@ def show(results, data_name):
     ax.set_yticks(range(len(rows)), [name for name, _ in rows])
     ax.invert_yaxis()
     ax.set(xlim=(0, 1), xlabel="validation accuracy: mean (bar) and each seed (dot)")
-    ax.set_title(f"One change at a time, each with the same compute ({data_name})", fontsize=11)
+    figure.suptitle(f"One change at a time, each with the same compute ({data_name})", fontsize=11)
     ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(FIGURE)
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from importlib import metadata
+from importlib.util import find_spec
 
 import nbformat
 import pytest
@@ -63,7 +63,7 @@ FRONT_ENDS = {
         "output": ".output_area",
     },
 }
-OLD = int(metadata.version("notebook").split(".")[0]) < 7
+OLD = bool(find_spec("notebook") and find_spec("notebook.notebookapp"))
 # Notes each state of the pictures, at every change of the page: how many there are, how high, and which.
 WATCH = """output => {
   const outputs = () => [...document.querySelectorAll(output + ' img')];
