@@ -198,10 +198,10 @@ def test_bad_data_files_are_errors_that_name_the_file(checkout):
 
 
 def test_a_named_file_is_used_and_named_in_the_results(checkout, monkeypatch):
-    array_file(checkout / "my_copy.npz")
+    array_file(checkout / "my_copy.npz", count=800)
     monkeypatch.setenv("CIFAR10_NPZ", str(checkout / "my_copy.npz"))
     text = printed(execute(checkout, EPOCHS=1))
-    assert "CIFAR-10, my copy: 600 images" in text and "stand-in" not in text
+    assert "CIFAR-10, my copy: 800 images" in text and "stand-in" not in text
     assert "(CIFAR-10, my copy)" in text.split("Test accuracy: ")[1]
 
 
