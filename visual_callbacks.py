@@ -415,7 +415,8 @@ class ResumableCheckpoint(_Recorder):
         if not usable:
             self._next_epoch = 0
             return 0
-        path, state, arrays = max(usable, key=lambda file: file[1]["epoch"])  # of equally far ones, the first
+        # The best one comes second even if it is further: callbacks may have changed the model after it was taken.
+        path, state, arrays = max(usable, key=lambda file: (file[0].name == self.saved_path.name, file[1]["epoch"]))
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         model.load_weights(path)
@@ -432,8 +433,7 @@ class ResumableCheckpoint(_Recorder):
                 why += f"{bad} cannot be used: {problem}\nIt was kept as {aside}. "
             lost = f"Continuing from {path}, epoch {state['epoch'] + 1}; what was trained after it (if at all) is lost."
             warnings.warn(f"{why}{lost}", stacklevel=2)
-        # Bring back what the local directory lost, or another machine went on with.
-        for copy in filter(Path.exists, self._files[::-2] if path.parent == self.copy_to else ()):
+        for copy in filter(Path.exists, self._files[::-2] if path.parent == self.copy_to else ()):  # bring them back
             _write(self.directory / copy.name, copy.read_bytes())
         if self.verbose:
             done = "This training is complete" if state["finished"] else "Continuing"
