@@ -18,9 +18,8 @@ from sklearn.datasets import load_digits  # noqa: E402
 from visual_callbacks import ResumableCheckpoint  # noqa: E402
 
 process, processes = int(sys.argv[1]), int(sys.argv[2])  # then, optionally, where process 0 can be reached
-directory = Path(
-    "models/runs/several_machines"
-)  # of process 0; the others begin with a copy of it, or they may differ by an epoch
+# Of process 0; the others begin with a copy of it, or they may differ by an epoch.
+directory = Path("models/runs/several_machines")
 directory.parent.mkdir(parents=True, exist_ok=True)
 if process:
     scratch = tempfile.TemporaryDirectory()

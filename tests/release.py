@@ -29,13 +29,18 @@ def code_digest(notebook):
     return hashlib.sha256(sources.encode()).hexdigest()
 
 
+def with_badge_to(text, repository):
+    """The text of a first page, its badge opening the notebook of this repository, owner/name on GitHub, in Colab."""
+    address = f"https://colab.research.google.com/github/{repository}/blob/main/{NOTEBOOK.name}"
+    return re.sub(r"\(https://colab\.research\.google\.com/(?!assets)[^)]*\)", f"({address})", text)
+
+
 def set_repository(notebook, repository):
     """Writes the repository's address, owner/name on GitHub, into the badge and into the cell that needs it."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         sys.exit(f"REPOSITORY: expected owner/name, got {repository!r}")
     badge, first = notebook.cells[:2]
-    address = f"https://colab.research.google.com/github/{repository}/blob/main/{NOTEBOOK.name}"
-    badge.source = re.sub(r"\(https://colab\.research\.google\.com/(?!assets)[^)]*\)", f"({address})", badge.source)
+    badge.source = with_badge_to(badge.source, repository)
     first.source = re.sub(r'repository = "[^"]*"', f'repository = "{repository}"', first.source)
 
 
@@ -78,6 +83,8 @@ def main():
         notebook = nbformat.read(NOTEBOOK, as_version=4)
         set_repository(notebook, sys.argv[2])
         nbformat.write(notebook, NOTEBOOK)
+        readme = ROOT / "README.md"
+        readme.write_text(with_badge_to(readme.read_text(), sys.argv[2]))
         return
     notebook = nbformat.read(sys.argv[1], as_version=4)
     text = printed(notebook)

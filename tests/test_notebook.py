@@ -20,7 +20,7 @@ import papermill
 import pytest
 from conftest import ROOT, needs
 from PIL import Image
-from release import FIGURES, NOTEBOOK, clean, code_digest, printed, set_repository
+from release import FIGURES, NOTEBOOK, clean, code_digest, printed, set_repository, with_badge_to
 
 SMALL = {"EPOCHS": 2, "WIDTHS": [8, 8, 16], "BATCH_SIZE": 200}
 NO_NETWORK = "http://127.0.0.1:9"  # where nobody listens: a proxy that refuses every connection at once
@@ -281,6 +281,7 @@ def test_the_address_is_written_into_badge_and_first_cell():
     set_repository(notebook, "someone/else")  # and can be changed
     address = "https://colab.research.google.com/github/someone/else/blob/main/CIFAR_10_Classification.ipynb"
     assert f"]({address})" in notebook.cells[0].source and 'repository = "someone/else"' in notebook.cells[1].source
+    assert f"]({address})" in with_badge_to((ROOT / "README.md").read_text(), "someone/else")
     with pytest.raises(SystemExit, match="owner/name"):
         set_repository(notebook, "nobody")
 
