@@ -480,9 +480,9 @@ class ResumableCheckpoint(_Recorder):
 
     def _fingerprint(self):
         """All that must be the same for a resumed training to equal an uninterrupted one, each value by its path."""
-        # Layers are called by their position, as a model built again in the same kernel has other generated names.
-        names = {layer.name: f"layer {i}" for i, layer in enumerate(_all_layers(self.model))}
-        architecture = re.sub(r'"([^"\\]*)"', lambda m: json.dumps(names.get(m[1], m[1])), self.model.to_json())
+        # Layers go by their position, as generated names differ in a model built again. Keys ("activation":) do not.
+        names = {f'"{layer.name}"': f'"layer {i}"' for i, layer in enumerate(_all_layers(self.model))}
+        architecture = re.sub(r'"[^"\\]*":?', lambda m: names.get(m[0], m[0]), self.model.to_json())
         kinds = {"model": json.loads(architecture), "callbacks": [type(c).__name__ for c in self.callbacks]}
         for name in ("loss", "optimizer"):
             kinds[name] = keras.saving.serialize_keras_object(getattr(self.model, name))

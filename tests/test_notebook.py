@@ -1,6 +1,7 @@
 """The real notebook, executed as `make run` executes it: end to end on the stand-in, and on every bad input."""
 
 import ast
+import copy
 import functools
 import http.server
 import json
@@ -10,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -403,6 +405,35 @@ def test_a_preset_decides_what_was_not_set_and_an_unknown_one_is_refused(checkou
     assert settings == {**expected, **SMALL, "PRESET": "full"}
     with pytest.raises(papermill.PapermillExecutionError, match="PRESET: expected .default. or .full., got .large."):
         execute(checkout, PRESET="large")
+
+
+def test_run_all_in_the_same_kernel_continues(checkout):
+    """After the Stop button, no kernel is restarted: everything is built again beside the old."""
+    source = nbformat.read(checkout / NOTEBOOK.name, as_version=4)
+    until_trained = source.cells[: cell_with(source, "history = model.fit(") + 1]
+    (parameters,) = (c for c in until_trained if "parameters" in c.metadata.get("tags", ()))
+    small = {**SMALL, "EPOCHS": 3}
+    parameters.source += "".join(f"\n{name} = {value}" for name, value in small.items())
+    again = copy.deepcopy(until_trained)
+    until_trained[-1].source = (
+        "try:\n"
+        + textwrap.indent(
+            until_trained[-1].source.replace("callbacks=callbacks", "callbacks=[*callbacks, Stop()]"), "    "
+        )
+        + "\nexcept KeyboardInterrupt:\n    pass"
+    )
+    stop = nbformat.v4.new_code_cell(
+        "class Stop(keras.callbacks.Callback):\n"
+        "    def on_batch_end(self, batch, logs=None):\n"
+        "        if len(self.model.history.epoch) == 1:\n"
+        "            raise KeyboardInterrupt"
+    )
+    source.cells = [*until_trained[:-1], stop, until_trained[-1], *again]
+    for i, cell in enumerate(source.cells):
+        cell.id = str(i)
+    nbformat.write(source, checkout / NOTEBOOK.name)
+    text = printed(execute(checkout, **small))
+    assert "Continuing after epoch 1" in text and "epoch 3/3" in text
 
 
 def test_a_batch_size_that_leaves_one_batch_is_refused(checkout):

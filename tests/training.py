@@ -52,7 +52,8 @@ def sequential():
             layers.RandomFlip(),
             layers.RandomTranslation(0.1, 0.1),
             layers.GaussianNoise(0.1),
-            layers.Conv2D(4, 3, activation="relu"),
+            layers.Conv2D(4, 3),
+            layers.Activation("relu"),  # which Keras calls "activation": the key of its setting, too
             layers.BatchNormalization(),
             layers.Dropout(0.3),
             layers.Flatten(),
