@@ -217,8 +217,8 @@ class _Plotter(_Recorder):
 
 
 def _duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s"
+    m, s = divmod(round(seconds), 60)
+    return f"{m // 60} h {m % 60} min" if m >= 60 else f"{m} min {s} s" if m else f"{s} s"
 
 
 class AccLossPlotter(_Plotter):

@@ -194,20 +194,20 @@ def test_a_long_epoch_shows_its_running_values_and_the_time_left(data, build, mo
     model.fit(x, y, 10, 2, verbose=0, callbacks=callbacks)
     assert [title.split(" · ")[0] for title in titles] == [
         "starting",  # before the first batch
-        "33% of epoch 1/2, 0 min 10 s left",
-        "67% of epoch 1/2, 0 min 8 s left",
-        "100% of epoch 1/2, 0 min 6 s left",
-        "epoch 1/2, 0 min 6 s left",
-        "33% of epoch 2/2, 0 min 4 s left",
-        "67% of epoch 2/2, 0 min 2 s left",
-        "100% of epoch 2/2, 0 min 0 s left",
-        "epoch 2/2, 0 min 0 s left",
-        "2 epochs in 0 min 13 s",
+        "33% of epoch 1/2, 10 s left",
+        "67% of epoch 1/2, 8 s left",
+        "100% of epoch 1/2, 6 s left",
+        "epoch 1/2, 6 s left",
+        "33% of epoch 2/2, 4 s left",
+        "67% of epoch 2/2, 2 s left",
+        "100% of epoch 2/2, 0 s left",
+        "epoch 2/2, 0 s left",
+        "2 epochs in 13 s",
     ]
     assert np.allclose(titles.last_x, [1 / 3, 2 / 3, 1, 1, 4 / 3, 5 / 3, 2, 2, 2])
     titles.clear()
     model.fit(x, y, 10, 10, verbose=0, callbacks=callbacks, initial_epoch=5)
-    assert titles[1].startswith("33% of epoch 6/10, 0 min 29 s left")  # right after a resume, too
+    assert titles[1].startswith("33% of epoch 6/10, 29 s left")  # right after a resume, too
     assert titles[-1].startswith("10 epochs · ")  # how long the first five took is not known
 
 
