@@ -51,6 +51,7 @@ release: $(VENV)/ready-to-test
 
 $(VENV)/ready: requirements.txt
 	@test -n "$(PYTHON)" || { echo "Please install Python 3.11, 3.12 or 3.13 (with venv) from python.org." >&2; exit 2; }
+	@echo "Making the environment in $(VENV), once: some minutes, about 3 GB."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
