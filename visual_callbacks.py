@@ -277,8 +277,7 @@ class AccLossPlotter(_Plotter):
             parts.append(f"learning rate {float(self.model.optimizer.learning_rate):.3g}")
         records = self._records | dict(running)
         names = dict.fromkeys(name for logs in records.values() for name in logs)
-        history = {name: [_number(logs.get(name)) for logs in records.values()] for name in names}
-        history["epoch"] = list(records)
+        history = {n: [_number(logs.get(n)) for logs in records.values()] for n in names} | {"epoch": list(records)}
         self._show(plot_history(history, self._graphs, self._resumed_at, " · ".join(parts), self._figure))
         self._drawn = time.monotonic()
 
@@ -311,7 +310,7 @@ class ConfusionMatrixPlotter(_Plotter):
         self._images = np.bincount(self.labels, minlength=count)  # of each class
 
     def on_train_begin(self, logs=None):
-        self._draw(None)
+        self._draw(max(self._records, default=None))  # where a resumed training stands
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
@@ -319,8 +318,7 @@ class ConfusionMatrixPlotter(_Plotter):
             self._draw(epoch)
 
     def on_train_end(self, logs=None):
-        # The last epoch, or a finished run shown again.
-        if (last := max(self._records, default=None)) != self._drawn_epoch:
+        if (last := max(self._records, default=None)) != self._drawn_epoch:  # `every` left it out
             self._draw(last)
 
     def _draw(self, epoch):
@@ -395,7 +393,7 @@ class ResumableCheckpoint(_Recorder):
 
         Raises:
             ValueError: the model is not compiled or not built; or model, optimizer, loss or settings differ from the
-                saved ones (each difference is listed); or no file can be used. No file is changed then.
+                saved ones (the first ten differences are listed); or no file can be used. No file is changed then.
         """
         if not (getattr(model, "compiled", False) and model.built):
             raise ValueError("model: compile it and build it (begin it with keras.Input(shape)) before restore(model)")
@@ -470,7 +468,8 @@ class ResumableCheckpoint(_Recorder):
         pairs = {name: (saved.get(name, "none"), now.get(name, "none")) for name in {**saved, **now}}
         lines = [f"  {name}: saved {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
         if lines:
-            raise ValueError("\n".join(["it belongs to another training:", *lines]))
+            more = [f"  and {len(lines) - 10} more"] * (len(lines) > 10)
+            raise ValueError("\n".join(["it belongs to another training:", *lines[:10], *more]))
         return state, arrays
 
     def _seeds(self):
@@ -483,11 +482,10 @@ class ResumableCheckpoint(_Recorder):
         # Layers go by their position, as generated names differ in a model built again. Keys ("activation":) do not.
         names = {f'"{layer.name}"': f'"layer {i}"' for i, layer in enumerate(_all_layers(self.model))}
         architecture = re.sub(r'"[^"\\]*":?', lambda m: names.get(m[0], m[0]), self.model.to_json())
-        kinds = {"model": json.loads(architecture), "callbacks": [type(c).__name__ for c in self.callbacks]}
-        for name in ("loss", "optimizer"):
-            kinds[name] = keras.saving.serialize_keras_object(getattr(self.model, name))
+        kinds = {"callbacks": [type(c).__name__ for c in self.callbacks], "model": json.loads(architecture)}
+        kinds |= {n: keras.saving.serialize_keras_object(getattr(self.model, n)) for n in ("loss", "optimizer")}
         kinds["monitor"] = f"{self.monitor} ({'max' if self._maximise else 'min'})"
-        return dict(_flat(_plain(kinds))) | {f"settings.{name}": value for name, value in self.settings.items()}
+        return {f"settings.{name}": value for name, value in self.settings.items()} | dict(_flat(_plain(kinds)))
 
     def on_train_begin(self, logs=None):
         if self._restored and self._restored[0] is not self.model:
@@ -627,7 +625,9 @@ class ResumableCheckpoint(_Recorder):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._began:
             print(f"\nStopped. Run again to continue with epoch {self._next_epoch + 1}. [{self.directory}]", flush=True)
-        raise KeyboardInterrupt
+        stop = KeyboardInterrupt()
+        stop._render_traceback_ = lambda: ["KeyboardInterrupt"]  # all that IPython shows: nothing is broken
+        raise stop
 
 
 def _plain(value):

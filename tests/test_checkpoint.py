@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -397,7 +398,7 @@ def test_weights_that_keras_saved_itself_are_refused_and_kept():
 # Mismatches ----
 
 
-def test_another_configuration_is_refused_with_every_difference():
+def test_another_configuration_is_refused_with_the_differences():
     interrupt("sgd", "run", 3)
     before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
     with pytest.raises(ValueError, match=r"settings.batch: saved 16, now 32"):
@@ -407,8 +408,11 @@ def test_another_configuration_is_refused_with_every_difference():
             train("sgd", "run", settings={"batch": 16, name: 0.5})
     with pytest.raises(ValueError, match=r"(?s)optimizer.*saved 'SGD', now 'Adam'.*"):
         train("adam", "run")
-    with pytest.raises(ValueError, match=r"(?s)model\.class_name: saved 'Sequential', now 'Functional'"):
-        train("adamw", "run")
+    with pytest.raises(ValueError, match=r"(?s)model\.class_name: saved 'Sequential', now 'Functional'") as refusal:
+        train("adamw", "run", settings={"batch": 32})
+    listed = [line for line in str(refusal.value).splitlines() if ": saved" in line]
+    assert listed[0].endswith("settings.batch: saved 16, now 32")  # what a person changed comes first
+    assert len(listed) == 20 and re.search(r"\n  and \d+ more\n", str(refusal.value))  # ten for each of two files
     with pytest.raises(ValueError, match=r"monitor: saved 'val_loss \(min\)', now 'val_accuracy \(max\)'"):
         train("sgd", "run", monitor="val_accuracy")
     with pytest.raises(ValueError, match=r"callbacks"):
@@ -649,8 +653,9 @@ def interrupts():
 
 def test_ctrl_c_says_where_it_continues_and_is_raised(capsys, interrupts):
     press = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stop:
         train("sgd", "run", extra=[Stop(3, press)])
+    assert stop.value._render_traceback_() == ["KeyboardInterrupt"]  # IPython's way to a short report
     assert "Stopped. Run again to continue with epoch 4. [run]" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train("sgd", "run")

@@ -11,7 +11,13 @@ from conftest import CLASSES, ROOT
 from matplotlib.testing.compare import compare_images
 
 import visual_callbacks
-from visual_callbacks import AccLossPlotter, ConfusionMatrixPlotter, plot_confusion_matrix, plot_history
+from visual_callbacks import (
+    AccLossPlotter,
+    ConfusionMatrixPlotter,
+    ResumableCheckpoint,
+    plot_confusion_matrix,
+    plot_history,
+)
 
 pytestmark = pytest.mark.stack
 
@@ -319,6 +325,23 @@ def test_every_n_epochs_and_the_last(data, build):
     plotter._show = lambda figure: (drawn.append(figure.axes[0].get_title()), show(figure))
     fit(build(), x, np.eye(3)[y], [plotter], epochs=5)
     assert drawn == ["Confusion Matrix · " + when for when in ("starting", "epoch 2", "epoch 4", "epoch 5")]
+
+
+def test_a_resumed_training_begins_with_the_matrix_of_where_it_stands(data, build, tmp_path):
+    x, y = data
+    shown = []
+
+    def show(figure):
+        axes = figure.axes[0]
+        shown.append((axes.get_title().split("· ")[1], [text.get_text() for text in axes.texts]))
+
+    for _ in range(2):
+        model, plotter = build(), ConfusionMatrixPlotter(x, y, CLASSES)
+        plotter._show, checkpoint = show, ResumableCheckpoint(tmp_path, monitor="loss")
+        initial_epoch = checkpoint.restore(model)
+        fit(model, x, np.eye(3)[y], [plotter, checkpoint], epochs=initial_epoch + 2, initial_epoch=initial_epoch)
+    assert [when for when, _ in shown] == ["starting", "epoch 1", "epoch 2", "epoch 2", "epoch 3", "epoch 4"]
+    assert shown[2] == shown[3]
 
 
 def test_old_calls_of_keras_visuals_work_unchanged(data, build):
