@@ -588,6 +588,20 @@ def test_a_full_drive_costs_the_training_nothing(mount):
     assert same("more", mount.folder / "copies") == [True, True]
 
 
+def test_a_copy_that_stops_halfway_is_never_ahead_of_its_best_model(drive, monkeypatch):
+    """Else a machine that continues from it would take a best model for written that is not there."""
+    there, write = [], visual_callbacks._write
+
+    def observed(path, data):
+        write(path, data)
+        if path.parent == drive:
+            there.append({file.name for file in drive.iterdir()})
+
+    monkeypatch.setattr(visual_callbacks, "_write", observed)
+    train("sgd", "run", copy_to=drive)
+    assert there[0] == {BEST} and there[1] == {BEST, SAVED}
+
+
 class Hurried(ResumableCheckpoint):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
