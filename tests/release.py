@@ -78,6 +78,13 @@ def clean(notebook):
     )
 
 
+def ship(source, target):
+    """The model alone, without what only a resumed training needs: half as large."""
+    import keras  # here, as nothing else in this file needs it
+
+    keras.models.load_model(source, compile=False).save(target)
+
+
 def main():
     if sys.argv[1] == "--repository":
         notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -94,7 +101,7 @@ def main():
     injected = [cell.source for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
     knobs = [line for line in "".join(injected).splitlines() if line and not line.startswith("#")]
     if knobs == ['PRESET = "full"']:
-        shutil.copy(folder / "best_model.hdf5", ROOT / "models" / "best_model.hdf5")
+        ship(folder / "best_model.hdf5", ROOT / "models" / "best_model.hdf5")
         print(f"Renewed models/best_model.hdf5 from {folder}")
         return
     if knobs:
