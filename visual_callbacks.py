@@ -218,7 +218,7 @@ class _Plotter(_Recorder):
 
 def _duration(seconds):
     m, s = divmod(round(seconds), 60)
-    return f"{m // 60} h {m % 60} min" if m >= 60 else f"{m} min {s} s" if m else f"{s} s"
+    return f"{m // 60} h {m % 60} min" if m >= 60 else f"{m} min" if m >= 10 else f"{m} min {s} s" if m else f"{s} s"
 
 
 class AccLossPlotter(_Plotter):
