@@ -54,5 +54,5 @@ def own_folder(tmp_path, monkeypatch):
 
 def pytest_collection_modifyitems(items):
     """The fast tests first."""
-    order = "test_plotters test_old_weights test_checkpoint test_kernel test_notebook test_browser test_kill".split()
-    items.sort(key=lambda item: order.index(item.module.__name__))
+    order = "plotters old_weights checkpoint kernel notebook train browser kill".split()
+    items.sort(key=lambda item: order.index(item.module.__name__.removeprefix("test_")))

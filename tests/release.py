@@ -3,8 +3,8 @@
     python tests/release.py EXECUTED.ipynb
     python tests/release.py --repository OWNER/NAME     writes the address into badge and first cell, before a run
 
-The default preset's run gives the notebook's outputs and the figures, that of the full preset the shipped weights. The
-tests import `code_digest` from here, to notice a code cell edited since.
+The default preset's run gives the notebook's outputs and the figures, that of the full preset weights to ship, which
+models/train.py can improve. The tests import `code_digest` from here, to notice a code cell edited since.
 """
 
 import base64

@@ -1,0 +1,106 @@
+"""How `best_model.hdf5` came about: after the notebook's `full` preset, this second training from where that one ended.
+
+    CIFAR10_NPZ=cifar10.npz python models/train.py FIRST FOLDER
+
+FIRST: the `best_model.hdf5` of `make run PRESET=full`. FOLDER: where the checkpoint files go; interrupted, it continues
+from there. Runs the notebook's own cells up to its training, then trains on what is harder to learn by heart: a third
+of the batches are as the notebook makes them; in a third each image is blended with another one (mixup, Zhang and
+others, 2017); in a third a square of another image covers a part of it (CutMix, Yun and others, 2019). The labels have
+the same shares. Convolutions compute in bfloat16, which some CPUs and GPUs do faster. Ends by printing the test
+accuracy of the best weights and writing them as FOLDER/shipped.hdf5, which computes in float32.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+
+from visual_callbacks import AccLossPlotter, ResumableCheckpoint  # noqa: E402
+
+# What differs from the preset: half of its first corrections, as the weights are good ones, and fewer epochs.
+KNOBS = dict(PRESET="full", EPOCHS=25, SMALL_SHARE=0.37, LEARNING_RATE=0.25, FILTER_RATE=0.04)
+
+
+def mixed(images, labels, rng):
+    """The batch as it is, or each image and label with a share, at most half, of those at the batch's other end."""
+    kind, share, side = rng.integers(3), rng.uniform(0, 0.5), images.shape[1]
+    if kind == 0:
+        return images, labels
+    if kind == 1:
+        images = images + np.float32(share) * (images[::-1] - images)
+    else:
+        edge = round(side * share**0.5)
+        top, left = rng.integers(0, side - edge + 1, 2)
+        square = np.s_[:, top : top + edge, left : left + edge]
+        others, images, share = images[::-1], images.copy(), edge**2 / side**2
+        images[square] = others[square]
+    return images, labels + np.float32(share) * (labels[::-1] - labels)
+
+
+def in_bfloat16(conv):
+    """The notebook's `conv`, its convolution computed in bfloat16; weights, and what comes after it, stay float32."""
+
+    def faster(x, filters):
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        x = conv(x, filters)
+        keras.config.set_dtype_policy("float32")
+        return x
+
+    return faster
+
+
+def main(first, folder):
+    from training import cells_before_training  # here, as there is another `training` among the tests
+
+    first, folder = Path(first).absolute(), Path(folder).absolute()
+    os.environ["CIFAR10_NPZ"] = str(Path(os.environ["CIFAR10_NPZ"]).absolute())
+    with tempfile.TemporaryDirectory() as work:
+        os.chdir(work)  # where the notebook's run folder and pictures go
+        names = cells_before_training(**KNOBS)
+        os.chdir(ROOT)
+
+    class Mixed(type(names["train_data"])):
+        def start_epoch(self, epoch):
+            super().start_epoch(epoch)
+            self.epoch = epoch
+
+        def __getitem__(self, batch):
+            return mixed(*super().__getitem__(batch), np.random.default_rng([names["SEED"], self.epoch, batch]))
+
+    train_data = Mixed(names["x_train"], names["y_train"])
+    plain, names["conv"] = names["model"], in_bfloat16(names["conv"])
+    model = names["build_model"]()
+    model.load_weights(first)
+    model.compile(plain.optimizer, plain.loss, metrics=["accuracy"])
+    checkpoint = ResumableCheckpoint(folder, monitor="val_accuracy", settings=names["settings"])
+    model.fit(
+        train_data,
+        epochs=names["EPOCHS"],
+        initial_epoch=checkpoint.restore(model),
+        validation_data=(names["x_val"], names["y_val"]),
+        validation_batch_size=500,
+        shuffle=False,
+        verbose=0,
+        callbacks=[
+            keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: train_data.start_epoch(epoch)),
+            AccLossPlotter(save_graph=True, path=folder / "loss.png", title=names["data_name"]),
+            checkpoint,
+        ],
+    )
+    plain.load_weights(checkpoint.best_path)
+    keras.Model(plain.input, plain.output, name=plain.name).save(folder / "shipped.hdf5")  # without the optimizer
+    images = names["x_test"].astype("float32") / 255
+    straight, mirrored = (plain.predict(x, batch_size=500, verbose=0) for x in (images, images[:, :, ::-1]))
+    for name, answers in (("Test accuracy", straight), ("Test accuracy with flips", straight + mirrored)):
+        print(f"{name}: {(answers.argmax(axis=1) == names['y_test']).mean():.4f} ({names['data_name']})")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
