@@ -19,7 +19,7 @@ def test_labels_are_mixed_in_the_shares_of_the_pixels():
     for seed in range(40):
         mixed, mixed_labels = train.mixed(images, labels, np.random.default_rng(seed))
         assert mixed.dtype == mixed_labels.dtype == np.float32 and np.array_equal(images, before)
-        np.testing.assert_allclose(mixed.mean((1, 2)), mixed_labels, atol=1e-5)
+        np.testing.assert_allclose(mixed.mean((1, 2), dtype="float64"), mixed_labels, atol=1e-6)
         assert (mixed_labels.argmax(1) == np.arange(9)).all()  # the image itself has at least half
         changed = (mixed != images).any(-1)[0].mean()
         kinds.add("as it is" if changed == 0 else "blended" if changed == 1 else "a square")
