@@ -103,4 +103,8 @@ def main(first, folder):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or not os.environ.get("CIFAR10_NPZ"):
+        sys.exit(__doc__)
+    if not Path(sys.argv[1]).is_file():
+        sys.exit(f"FIRST: there is no file {sys.argv[1]}. `make run PRESET=full` makes one and names its folder.")
     main(*sys.argv[1:])
