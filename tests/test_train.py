@@ -27,7 +27,7 @@ def test_labels_are_mixed_in_the_shares_of_the_pixels():
     assert kinds == {"as it is", "blended", "a square"}
 
 
-def test_two_trainings_from_the_first_weights_answer_together(tmp_path):
+def test_two_trainings_go_on_from_the_first_weights(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {}
     for part, size in (("train", 1000), ("test", 200)):  # 200 of the 1000 are for validation
@@ -55,13 +55,9 @@ def test_two_trainings_from_the_first_weights_answer_together(tmp_path):
         return min(np.corrcoef(a.flat, b.flat)[0, 1] for a, b in pairs)
 
     assert 0.9 < alike(first, second) < 1 and alike(first, third) < alike(second, third) < 1
-    for network, name, batches in ((second, "second", 4), (third, "third", 5)):
-        part = shipped.get_layer(name)
-        assert {layer.dtype_policy.name for layer in part.layers} == {"float32"}
-        assert all(map(np.array_equal, part.get_weights(), network.get_weights()))
+    for name, batches in (("second", 4), ("third", 5)):
         with h5py.File(tmp_path / "later" / name / "saved_model.hdf5") as file:
             steps = file["resumable_checkpoint/arrays/optimizer/0"][()]
         assert steps == 2 * batches  # the third training sees the validation images as well
-    images = arrays["x_test"].astype("float32") / 255
-    parts = [shipped.get_layer(name).predict(images, verbose=0) for name in ("second", "third")]
-    np.testing.assert_allclose(shipped.predict(images, verbose=0), np.mean(parts, 0), atol=1e-6)
+    assert {layer.dtype_policy.name for layer in shipped.layers} == {"float32"}
+    assert all(map(np.array_equal, shipped.get_weights(), third.get_weights()))
