@@ -85,7 +85,7 @@ def learn_on(first, folder, everything=False, **knobs):
         images, labels = np.concatenate([images, names["x_val"]]), np.concatenate([labels, names["y_val"]])
     train_data, epochs, plain = Mixed(images, labels), names["EPOCHS"], names["model"]
     optimizer = plain.optimizer.get_config()
-    optimizer["learning_rate"]["config"]["decay_steps"] = epochs * len(train_data)
+    optimizer["learning_rate"]["config"]["decay_steps"] = epochs * len(train_data)  # more images, more steps
     names["conv"] = in_bfloat16(names["conv"])
     model = names["build_model"]()
     model.load_weights(first)
