@@ -145,25 +145,35 @@ def train(name, seed, names, flop):
     return accuracy
 
 
-def show(results, data_name):
-    """Prints the table and draws the figure of what is finished."""
-    rows = [
-        (name, [results[f"{name}, seed {seed}"] for seed in range(9) if f"{name}, seed {seed}" in results])
-        for name in VARIANTS
-    ]
-    rows = [(name, values) for name, values in rows if values]
+def finished(results):
+    """(name, its finished seeds' accuracies) of every variant with at least one."""
+    rows = [[results.get(f"{name}, seed {seed}") for seed in range(9)] for name in VARIANTS]
+    rows = [(name, [value for value in row if value is not None]) for name, row in zip(VARIANTS, rows)]
+    return [(name, values) for name, values in rows if values]
+
+
+def table(results):
+    """The results as a Markdown table: README.md and the notebook show it."""
+    rows = finished(results)
     means = {name: statistics.mean(values) for name, values in rows}
-    print("| | validation accuracy | lowest to highest | seeds | change |\n| --- | --- | --- | --- | --- |")
+    lines = ["| | validation accuracy | lowest to highest | seeds | change |", "| --- | --- | --- | --- | --- |"]
     for name, values in rows:
-        base = VARIANTS[name][1]
+        base, spread = VARIANTS[name][1], f"{min(values):.3f} to {max(values):.3f}"
         change = f"{means[name] - means[base]:+.3f}" if base in means else ""
-        print(f"| {name} | {means[name]:.3f} | {min(values):.3f} to {max(values):.3f} | {len(values)} | {change} |")
+        lines.append(f"| {name} | {means[name]:.3f} | {spread} | {len(values)} | {change} |")
+    return "\n".join(lines)
+
+
+def draw(results):
+    """Images/ablation.png: a bar for each variant's mean, a dot for each seed."""
+    rows, data_name = finished(results), results["data"]
     figure = Figure(figsize=(7.2, 4), dpi=100, layout="constrained")
     ax = figure.add_subplot()
     for place, (name, values) in enumerate(rows):
-        ax.barh(place, means[name], color="#0072B2" if VARIANTS[name][0] else "#D55E00", height=0.6)
+        mean = statistics.mean(values)
+        ax.barh(place, mean, color="#0072B2" if VARIANTS[name][0] else "#D55E00", height=0.6)
         ax.plot(values, [place] * len(values), "o", color="black", ms=3.5)
-        ax.text(max(values) + 0.01, place, f"{means[name]:.3f}", va="center", fontsize=9)
+        ax.text(max(values) + 0.01, place, f"{mean:.3f}", va="center", fontsize=9)
     ax.set_yticks(range(len(rows)), [name for name, _ in rows])
     ax.invert_yaxis()
     ax.set(xlim=(0, 1), xlabel="validation accuracy: mean (bar) and each seed (dot)")
@@ -185,7 +195,8 @@ def ablation(seeds):
                 results[f"{name}, seed {seed}"] = round(train(name, seed, names, flop), 4)
                 print(name, seed, results[f"{name}, seed {seed}"], f"{time.monotonic() - began:.0f} s", flush=True)
                 RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    show(results, names["data_name"])
+    print(table(results))
+    draw(results)
 
 
 class UntilGood(keras.callbacks.Callback):

@@ -473,6 +473,15 @@ def test_the_committed_outputs_are_those_of_the_committed_code():
         assert text.split(claim)[1].split()[0] in (ROOT / "README.md").read_text()
 
 
+def test_the_tables_of_what_matters_are_those_of_the_results():
+    """benchmarks/ablation.py prints the table; README and notebook show it, and all three seeds are in."""
+    script = "import json, ablation; print(ablation.table(json.loads(ablation.RESULTS.read_text())))"
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    assert ran.stdout.count("| 3 |") == 10, ran.stdout + ran.stderr
+    assert ran.stdout in (ROOT / "README.md").read_text()
+    assert any(ran.stdout in cell.source for cell in nbformat.read(NOTEBOOK, 4).cells)
+
+
 def test_clean_drops_what_the_runner_left():
     cell = nbformat.v4.new_code_cell("1", metadata={"papermill": {"duration": 1}, "tags": ["parameters"]})
     cell.outputs = [nbformat.v4.new_output("stream", name="stderr", text="I0000 cpu_feature_guard")]
