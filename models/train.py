@@ -1,4 +1,4 @@
-"""How `best_model.hdf5` came about: after the notebook's `full` preset, two more trainings from where that one ended.
+"""How `best_model.hdf5` came about: after the notebook's `full` preset, this second training from where that one ended.
 
     CIFAR10_NPZ=cifar10.npz python models/train.py FIRST FOLDER
 
@@ -6,11 +6,8 @@ FIRST: the `best_model.hdf5` of `make run PRESET=full`. FOLDER: where the checkp
 from there. Runs the notebook's own cells up to its training, then trains on what is harder to learn by heart: a third
 of the batches are as the notebook makes them; in a third each image is blended with another one (mixup, Zhang and
 others, 2017); in a third a square of another image covers a part of it (CutMix, Yun and others, 2019). The labels have
-the same shares. Convolutions compute in bfloat16, which some CPUs and GPUs do faster.
-
-The second training holds back the notebook's validation images. The third goes on from it with all 50,000 images; it
-has nothing left to choose its weights by, so its last ones count. Ends by writing them as FOLDER/shipped.hdf5, which
-computes in float32, and by printing their test accuracy.
+the same shares. Convolutions compute in bfloat16, which some CPUs and GPUs do faster. Ends by printing the test
+accuracy of the best weights and writing them as FOLDER/shipped.hdf5, which computes in float32.
 """
 
 import os
@@ -28,8 +25,7 @@ import numpy as np  # noqa: E402
 from visual_callbacks import AccLossPlotter, ResumableCheckpoint  # noqa: E402
 
 # What differs from the preset: half of its first corrections, as the weights are good ones, and fewer epochs.
-SECOND = dict(PRESET="full", EPOCHS=25, SMALL_SHARE=0.37, LEARNING_RATE=0.25, FILTER_RATE=0.04)
-THIRD = {**SECOND, "EPOCHS": 22, "SEED": 1}
+KNOBS = dict(PRESET="full", EPOCHS=25, SMALL_SHARE=0.37, LEARNING_RATE=0.25, FILTER_RATE=0.04)
 
 
 def mixed(images, labels, rng):
@@ -60,19 +56,17 @@ def in_bfloat16(conv):
     return faster
 
 
-def learn_on(first, folder, everything=False, **knobs):
-    """Trains the weights in file `first` and returns the network with the new ones, and the notebook's names.
-
-    With the 5,000 validation images held back, the weights of the best epoch; with `everything`, those of the last.
-    """
+def main(first, folder):
     from training import cells_before_training  # here, as there is another `training` among the tests
 
+    first, folder = Path(first).absolute(), Path(folder).absolute()
+    os.environ["CIFAR10_NPZ"] = str(Path(os.environ["CIFAR10_NPZ"]).absolute())
     with tempfile.TemporaryDirectory() as work:
         os.chdir(work)  # where the notebook's run folder and pictures go
-        names = cells_before_training(**knobs)
+        names = cells_before_training(**KNOBS)
         os.chdir(ROOT)
 
-    class Mixed(names["AugmentedImages"]):
+    class Mixed(type(names["train_data"])):
         def start_epoch(self, epoch):
             super().start_epoch(epoch)
             self.epoch = epoch
@@ -80,23 +74,17 @@ def learn_on(first, folder, everything=False, **knobs):
         def __getitem__(self, batch):
             return mixed(*super().__getitem__(batch), np.random.default_rng([names["SEED"], self.epoch, batch]))
 
-    images, labels = names["x_train"], names["y_train"]
-    if everything:
-        images, labels = np.concatenate([images, names["x_val"]]), np.concatenate([labels, names["y_val"]])
-    train_data, epochs, plain = Mixed(images, labels), names["EPOCHS"], names["model"]
-    optimizer = plain.optimizer.get_config()
-    optimizer["learning_rate"]["config"]["decay_steps"] = epochs * len(train_data)  # more images, more steps
-    names["conv"] = in_bfloat16(names["conv"])
+    train_data = Mixed(names["x_train"], names["y_train"])
+    plain, names["conv"] = names["model"], in_bfloat16(names["conv"])
     model = names["build_model"]()
     model.load_weights(first)
-    model.compile(names["Muon"].from_config(optimizer), plain.loss, metrics=["accuracy"])
-    monitor = "loss" if everything else "val_accuracy"
-    checkpoint = ResumableCheckpoint(folder, monitor=monitor, settings={**names["settings"], "everything": everything})
+    model.compile(plain.optimizer, plain.loss, metrics=["accuracy"])
+    checkpoint = ResumableCheckpoint(folder, monitor="val_accuracy", settings=names["settings"])
     model.fit(
         train_data,
-        epochs=epochs,
+        epochs=names["EPOCHS"],
         initial_epoch=checkpoint.restore(model),
-        validation_data=None if everything else (names["x_val"], names["y_val"]),
+        validation_data=(names["x_val"], names["y_val"]),
         validation_batch_size=500,
         shuffle=False,
         verbose=0,
@@ -106,18 +94,10 @@ def learn_on(first, folder, everything=False, **knobs):
             checkpoint,
         ],
     )
-    plain.load_weights(checkpoint.saved_path if everything else checkpoint.best_path)
-    return plain, names
-
-
-def main(first, folder):
-    first, folder = Path(first).absolute(), Path(folder).absolute()
-    os.environ["CIFAR10_NPZ"] = str(Path(os.environ["CIFAR10_NPZ"]).absolute())
-    learn_on(first, folder / "second", **SECOND)
-    model, names = learn_on(folder / "second" / "best_model.hdf5", folder / "third", everything=True, **THIRD)
-    keras.Model(model.input, model.output, name=model.name).save(folder / "shipped.hdf5")  # without the optimizer
+    plain.load_weights(checkpoint.best_path)
+    keras.Model(plain.input, plain.output, name=plain.name).save(folder / "shipped.hdf5")  # without the optimizer
     images = names["x_test"].astype("float32") / 255
-    straight, mirrored = (model.predict(x, batch_size=500, verbose=0) for x in (images, images[:, :, ::-1]))
+    straight, mirrored = (plain.predict(x, batch_size=500, verbose=0) for x in (images, images[:, :, ::-1]))
     for name, answers in (("Test accuracy", straight), ("Test accuracy with flips", straight + mirrored)):
         print(f"{name}: {(answers.argmax(axis=1) == names['y_test']).mean():.4f} ({names['data_name']})")
 

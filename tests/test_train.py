@@ -1,10 +1,9 @@
-"""The later trainings of the shipped weights: what they do to a batch, and small ones of them from end to end."""
+"""The second training of the shipped weights: what it does to a batch, and a small one of it from end to end."""
 
 import os
 import subprocess
 import sys
 
-import h5py
 import keras
 import numpy as np
 from conftest import ROOT
@@ -27,37 +26,25 @@ def test_labels_are_mixed_in_the_shares_of_the_pixels():
     assert kinds == {"as it is", "blended", "a square"}
 
 
-def test_two_trainings_go_on_from_the_first_weights(tmp_path):
+def test_it_goes_on_from_the_first_weights(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {}
-    for part, size in (("train", 1000), ("test", 200)):  # 200 of the 1000 are for validation
+    for part, size in (("train", 1000), ("test", 200)):
         arrays[f"x_{part}"] = rng.integers(0, 255, (size, 32, 32, 3), "uint8")
         arrays[f"y_{part}"] = np.arange(size) % 10
     np.savez(tmp_path / "made up.npz", **arrays)
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'models')!r}); import train, training\n"
-        "small = dict(WIDTHS=[8, 8, 16], BATCH_SIZE=200, EPOCHS=2, FILTER_RATE=0.001)\n"
-        "train.SECOND.update(small), train.THIRD.update(small)\n"
-        "model = training.cells_before_training(**train.SECOND)['model']\n"
+        "train.KNOBS.update(WIDTHS=[8, 8, 16], BATCH_SIZE=200, EPOCHS=2, FILTER_RATE=0.001)\n"
+        "model = training.cells_before_training(**train.KNOBS)['model']\n"
         "model.set_weights([-w if w.ndim == 4 else w for w in model.get_weights()])\n"  # not what it begins with anyway
         "train.keras.Model(model.input, model.output).save('first.hdf5')\n"
-        "train.main('first.hdf5', 'later')"
+        "train.main('first.hdf5', 'second')"
     )
     env = {**os.environ, "CIFAR10_NPZ": str(tmp_path / "made up.npz")}
     result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert "Test accuracy with flips: 0." in result.stdout and "(CIFAR-10, made up)" in result.stdout, result.stderr
-    names = ("../first.hdf5", "second/best_model.hdf5", "third/saved_model.hdf5", "shipped.hdf5")
-    paths = [tmp_path / "later" / name for name in names]
-    first, second, third, shipped = (keras.models.load_model(path, compile=False) for path in paths)
-
-    def alike(network, other):
-        pairs = [(a, b) for a, b in zip(network.get_weights(), other.get_weights()) if a.ndim == 4]  # the filters
-        return min(np.corrcoef(a.flat, b.flat)[0, 1] for a, b in pairs)
-
-    assert 0.9 < alike(first, second) < 1 and alike(first, third) < alike(second, third) < 1
-    for name, batches in (("second", 4), ("third", 5)):
-        with h5py.File(tmp_path / "later" / name / "saved_model.hdf5") as file:
-            steps = file["resumable_checkpoint/arrays/optimizer/0"][()]
-        assert steps == 2 * batches  # the third training sees the validation images as well
+    first, shipped = (keras.models.load_model(name, compile=False) for name in ("first.hdf5", "second/shipped.hdf5"))
     assert {layer.dtype_policy.name for layer in shipped.layers} == {"float32"}
-    assert all(map(np.array_equal, shipped.get_weights(), third.get_weights()))
+    filters = [(a, b) for a, b in zip(first.get_weights(), shipped.get_weights()) if a.ndim == 4]
+    assert all(np.corrcoef(a.flat, b.flat)[0, 1] > 0.9 and not np.array_equal(a, b) for a, b in filters)
