@@ -450,6 +450,23 @@ def test_a_batch_size_that_leaves_less_than_two_batches_is_refused(checkout):
         execute(checkout, BATCH_SIZE=599)
 
 
+def test_images_are_standardised_however_many_there_are(tmp_path):
+    """A sum in float32 stops growing at 2**24: 20 million bright pixels had a mean that was a fifth too small."""
+    arrays = {"x_train": np.full((20_000, 32, 32, 3), 250, "uint8"), "x_test": np.zeros((10, 32, 32, 3), "uint8")}
+    arrays["x_train"][:, 8:24] = 240
+    np.savez(tmp_path / "bright.npz", **arrays, y_train=np.arange(20_000) % 10, y_test=np.arange(10))
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from training import cells_before_training\n"
+        "names = cells_before_training(WIDTHS=[8, 8, 8]); layer = names['model'].layers[1]\n"
+        "seen = names['keras'].ops.convert_to_numpy(layer(names['x_train'][:100])).astype('float64')\n"
+        "print('mean and variance', seen.mean().round(4), seen.var().round(4))"
+    )
+    env = {**os.environ, "CIFAR10_NPZ": str(tmp_path / "bright.npz")}
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=env)
+    mean, variance = map(float, ran.stdout.split("mean and variance")[1].split())
+    assert abs(mean) < 0.01 and abs(variance - 1) < 0.01, ran.stdout
+
+
 def test_the_notebook_keeps_to_its_shape():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
