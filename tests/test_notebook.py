@@ -451,7 +451,7 @@ def test_a_batch_size_that_leaves_less_than_two_batches_is_refused(checkout):
 
 
 def test_images_are_standardised_however_many_there_are(tmp_path):
-    """A sum in float32 stops growing at 2**24: 20 million bright pixels had a mean that was a fifth too small."""
+    """A sum in float32 stops growing at 2**24: 20 million bright pixels had a mean that was a seventh too small."""
     arrays = {"x_train": np.full((20_000, 32, 32, 3), 250, "uint8"), "x_test": np.zeros((10, 32, 32, 3), "uint8")}
     arrays["x_train"][:, 8:24] = 240
     np.savez(tmp_path / "bright.npz", **arrays, y_train=np.arange(20_000) % 10, y_test=np.arange(10))
