@@ -80,9 +80,11 @@ def clean(notebook):
 
 def ship(source, target):
     """The model alone, without what only a resumed training needs: half as large."""
+    sys.path.insert(0, str(ROOT / "models"))
     import keras  # here, as nothing else in this file needs it
+    from train import save
 
-    keras.models.load_model(source, compile=False).save(target)
+    save(keras.models.load_model(source, compile=False), target)
 
 
 def main():

@@ -509,6 +509,7 @@ def test_clean_drops_what_the_runner_left():
     assert notebook.metadata.code_digest == code_digest(notebook) != code_digest(edited)
 
 
+@pytest.mark.stack
 def test_the_shipped_weights_load_in_plain_keras():
     text = (
         "import keras, numpy\n"

@@ -1,4 +1,4 @@
-"""The second training of the shipped weights: what it does to a batch, and a small one of it from end to end."""
+"""The trainings that follow for the shipped weights: what they do to a batch, and a small one from end to end."""
 
 import os
 import subprocess
@@ -43,8 +43,17 @@ def test_it_goes_on_from_the_first_weights(tmp_path):
     )
     env = {**os.environ, "CIFAR10_NPZ": str(tmp_path / "made up.npz")}
     result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=env)
-    assert "Test accuracy with flips: 0." in result.stdout and "(CIFAR-10, made up)" in result.stdout, result.stderr
-    first, shipped = (keras.models.load_model(name, compile=False) for name in ("first.hdf5", "second/shipped.hdf5"))
-    assert {layer.dtype_policy.name for layer in shipped.layers} == {"float32"}
-    filters = [(a, b) for a, b in zip(first.get_weights(), shipped.get_weights()) if a.ndim == 4]
+    for line in ("Validation accuracy: ", "Test accuracy: ", "Test accuracy with flips: "):
+        assert line + "0." in result.stdout and "(CIFAR-10, made up)" in result.stdout, result.stderr
+    paths = (tmp_path / name for name in ("first.hdf5", "second/best_model.hdf5", "second/shipped.hdf5"))
+    first, best, shipped = (keras.models.load_model(path, compile=False) for path in paths)
+    parts = [shipped.get_layer(name) for name in ("part_1", "part_2")]
+    for part, model in zip(parts, (first, best)):
+        assert {layer.dtype_policy.name for layer in part.layers} == {"float32"}
+        assert all(np.array_equal(a, b) for a, b in zip(part.get_weights(), model.get_weights(), strict=True))
+    filters = [(a, b) for a, b in zip(first.get_weights(), best.get_weights()) if a.ndim == 4]
     assert all(np.corrcoef(a.flat, b.flat)[0, 1] > 0.9 and not np.array_equal(a, b) for a, b in filters)
+    images = arrays["x_test"][:50].astype("float32") / 255
+    one, other, both = (model.predict(images, verbose=0) for model in (*parts, shipped))
+    np.testing.assert_allclose(both, (one + other) / 2, atol=1e-6)
+    assert np.abs(one - other).max() > 1e-3
