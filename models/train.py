@@ -1,18 +1,17 @@
-"""How `best_model.hdf5` came about: after the notebook's `full` preset, a second and a third training from there.
+"""How the shipped networks came about: after the notebook's `full` preset, further trainings, each from the one before.
 
     CIFAR10_NPZ=cifar10.npz python models/train.py FIRST FOLDER [SEED]
 
-FIRST: the `best_model.hdf5` of `make run PRESET=full`, then, with SEED 1, that in the FOLDER of the second training.
+FIRST: the `best_model.hdf5` of `make run PRESET=full`, then, with SEED 1, the `trained.hdf5` of the second training.
 FOLDER: where the checkpoint files go; interrupted, it continues from there. Runs the notebook's own cells up to its
 training, then trains on what is harder to learn by heart: a third of the batches are as the notebook makes them; in a
 third each image is blended with another one (mixup, Zhang and others, 2017); in a third a square of another image
 covers a part of it (CutMix, Yun and others, 2019). The labels have the same shares. Convolutions compute in bfloat16,
-which some CPUs and GPUs do faster. Writes FOLDER/shipped.hdf5, whose answers are the means of those of FIRST and of
-this training's best weights, in float32, and prints its accuracy.
+which some CPUs and GPUs do faster. Writes FOLDER/trained.hdf5, the network with the best weights, in float32, and
+prints its validation accuracy. Shipped is what ship.py makes of several such files.
 """
 
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -21,10 +20,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import h5py  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
-from keras import layers  # noqa: E402
+from ship import save  # noqa: E402
 
 from visual_callbacks import AccLossPlotter, ResumableCheckpoint  # noqa: E402
 
@@ -60,25 +58,6 @@ def in_bfloat16(conv):
     return faster
 
 
-def mean_of(build_model, paths):
-    """One network with the weights of all these files, whose answer is the mean of theirs."""
-    image = keras.Input((None, None, 3), name="image")
-    answers = []
-    for number, path in enumerate(paths, 1):
-        model = build_model()
-        model.load_weights(path)
-        answers.append(keras.Model(model.input, model.output, name=f"part_{number}")(image))
-    return keras.Model(image, layers.average(answers), name="first_steps_cnn")
-
-
-def save(model, path):
-    """Saves a model, without its optimizer's state, without arguments that Keras 3.13 does not know."""
-    keras.Model(model.input, model.output, name=model.name).save(path)
-    newer = ', "(input_axes|output_axes|renorm|renorm_clipping|renorm_momentum)": [^,}]*'  # all at their defaults
-    with h5py.File(path, "r+") as file:
-        file.attrs["model_config"] = re.sub(newer, "", file.attrs["model_config"])
-
-
 def main(first, folder, seed="0"):
     from training import cells_before_training  # here, as there is another `training` among the tests
 
@@ -97,8 +76,8 @@ def main(first, folder, seed="0"):
         def __getitem__(self, batch):
             return mixed(*super().__getitem__(batch), np.random.default_rng([names["SEED"], self.epoch, batch]))
 
-    train_data, plain, conv = Mixed(names["x_train"], names["y_train"]), names["model"], names["conv"]
-    names["conv"] = in_bfloat16(conv)
+    train_data, plain = Mixed(names["x_train"], names["y_train"]), names["model"]
+    names["conv"] = in_bfloat16(names["conv"])
     model = names["build_model"]()
     model.load_weights(first)
     model.compile(plain.optimizer, plain.loss, metrics=["accuracy"])
@@ -117,16 +96,11 @@ def main(first, folder, seed="0"):
             checkpoint,
         ],
     )
-    names["conv"] = conv
-    model = mean_of(names["build_model"], [first, checkpoint.best_path])
-    save(model, folder / "shipped.hdf5")
-    for name, images, labels in (
-        ("Validation", names["x_val"], names["y_val"].argmax(axis=1)),
-        ("Test", names["x_test"].astype("float32") / 255, names["y_test"]),
-    ):
-        straight, mirrored = (model.predict(x, batch_size=500, verbose=0) for x in (images, images[:, :, ::-1]))
-        for flips, answers in (("", straight), (" with flips", straight + mirrored)):
-            print(f"{name} accuracy{flips}: {(answers.argmax(axis=1) == labels).mean():.4f} ({names['data_name']})")
+    plain.load_weights(checkpoint.best_path)
+    save(plain, folder / "trained.hdf5")
+    answers = plain.predict(names["x_val"], batch_size=500, verbose=0).argmax(axis=1)
+    accuracy = (answers == names["y_val"].argmax(axis=1)).mean()
+    print(f"Validation accuracy: {accuracy:.4f} ({names['data_name']})")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python tests/release.py --repository OWNER/NAME     writes the address into badge and first cell, before a run
 
 The default preset's run gives the notebook's outputs and the figures, that of the full preset weights to ship, which
-models/train.py can improve. The tests import `code_digest` from here, to notice a code cell edited since.
+models/train.py and models/ship.py improve. The tests import `code_digest` from here, to notice a code cell edited
+since.
 """
 
 import base64
@@ -82,7 +83,7 @@ def ship(source, target):
     """The model alone, without what only a resumed training needs: half as large."""
     sys.path.insert(0, str(ROOT / "models"))
     import keras  # here, as nothing else in this file needs it
-    from train import save
+    from ship import save
 
     save(keras.models.load_model(source, compile=False), target)
 

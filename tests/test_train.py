@@ -1,14 +1,16 @@
-"""The trainings that follow for the shipped weights: what they do to a batch, and a small one from end to end."""
+"""The trainings that follow for the shipped weights, a small one from end to end, and how they become one file."""
 
 import os
 import subprocess
 import sys
 
+import h5py
 import keras
 import numpy as np
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "models"))
+import ship
 import train
 
 
@@ -43,17 +45,60 @@ def test_it_goes_on_from_the_first_weights(tmp_path):
     )
     env = {**os.environ, "CIFAR10_NPZ": str(tmp_path / "made up.npz")}
     result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=env)
-    for line in ("Validation accuracy: ", "Test accuracy: ", "Test accuracy with flips: "):
-        assert line + "0." in result.stdout and "(CIFAR-10, made up)" in result.stdout, result.stderr
-    paths = (tmp_path / name for name in ("first.hdf5", "second/best_model.hdf5", "second/shipped.hdf5"))
-    first, best, shipped = (keras.models.load_model(path, compile=False) for path in paths)
-    parts = [shipped.get_layer(name) for name in ("part_1", "part_2")]
-    for part, model in zip(parts, (first, best)):
-        assert {layer.dtype_policy.name for layer in part.layers} == {"float32"}
-        assert all(np.array_equal(a, b) for a, b in zip(part.get_weights(), model.get_weights(), strict=True))
+    assert "Validation accuracy: 0." in result.stdout and "(CIFAR-10, made up)" in result.stdout, result.stderr
+    paths = (tmp_path / name for name in ("first.hdf5", "second/best_model.hdf5", "second/trained.hdf5"))
+    first, best, trained = (keras.models.load_model(path, compile=False) for path in paths)
+    assert {layer.dtype_policy.name for layer in trained.layers} == {"float32"}
+    assert all(np.array_equal(a, b) for a, b in zip(trained.get_weights(), best.get_weights(), strict=True))
     filters = [(a, b) for a, b in zip(first.get_weights(), best.get_weights()) if a.ndim == 4]
     assert all(np.corrcoef(a.flat, b.flat)[0, 1] > 0.9 and not np.array_equal(a, b) for a, b in filters)
-    images = arrays["x_test"][:50].astype("float32") / 255
-    one, other, both = (model.predict(images, verbose=0) for model in (*parts, shipped))
-    np.testing.assert_allclose(both, (one + other) / 2, atol=1e-6)
-    assert np.abs(one - other).max() > 1e-3
+
+
+def test_the_shipped_network_answers_with_the_mean_of_several(tmp_path, monkeypatch, capsys):
+    rng, models, paths = np.random.default_rng(0), [], []
+    arrays = {"x_train": rng.integers(0, 255, (60, 32, 32, 3), "uint8"), "y_train": np.arange(60) % 10}
+    np.savez(tmp_path / "made_up.npz", **arrays, x_test=arrays["x_train"], y_test=arrays["y_train"][:, None])
+    for number in range(3):
+        keras.utils.set_random_seed(number)
+        image = keras.Input((None, None, 3))
+        x = keras.layers.ZeroPadding2D(2)(image)
+        for _ in range(3):
+            x = keras.layers.Conv2D(10, 3, activation="relu", kernel_initializer="he_normal")(x)
+        x = keras.layers.Softmax()(keras.layers.GlobalMaxPooling2D()(x))
+        models.append(keras.Model(image, x))
+        paths.append(str(tmp_path / f"{number}.hdf5"))
+        models[-1].save(paths[-1])
+    monkeypatch.setenv("CIFAR10_NPZ", str(tmp_path / "made_up.npz"))
+    monkeypatch.setattr(ship, "TARGET", tmp_path / "shipped.hdf5")
+    ship.main(paths)
+    shipped = keras.models.load_model(ship.TARGET, compile=False)
+    images = arrays["x_train"].astype("float32") / 255
+    for model in models:
+        model.set_weights([ship.rounded(weights) for weights in model.get_weights()])
+    answers = [model.predict(images, verbose=0) for model in models]
+    assert min(np.abs(answers[0] - other).max() for other in answers[1:]) > 0.01
+    np.testing.assert_allclose(shipped.predict(images, verbose=0), np.mean(answers, axis=0), atol=1e-5)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all("(CIFAR-10, made up)" in line for line in lines)
+    shown = float(lines[-1].split("Test, the mean: accuracy ")[1].split(",")[0])
+    assert shown == round(float((shipped.predict(images, verbose=0).argmax(1) == arrays["y_train"]).mean()), 4)
+    with h5py.File(ship.TARGET) as file:
+        assert "kernel_initializer" in file.attrs["model_config"] and "input_axes" not in file.attrs["model_config"]
+
+
+def test_rounded_filters_are_near_and_half_as_large(tmp_path):
+    rng = np.random.default_rng(0)
+    filters, bias = rng.normal(size=(3, 3, 64, 128)).astype("float32"), rng.normal(size=128).astype("float32")
+    near = ship.rounded(filters)
+    assert near.dtype == np.float32 and 0 < np.abs(near / filters - 1).max() <= 2**-8
+    assert np.array_equal(ship.rounded(bias), bias)
+    image = keras.Input((None, None, 64))
+    model = keras.Model(image, keras.layers.Conv2D(128, 3)(image))
+    sizes = []
+    for weights in (filters, near):
+        model.set_weights([weights, bias])
+        ship.save(model, tmp_path / "packed.hdf5")
+        sizes.append((tmp_path / "packed.hdf5").stat().st_size)
+        loaded = keras.models.load_model(tmp_path / "packed.hdf5", compile=False)
+        assert np.array_equal(loaded.get_weights()[0], weights)
+    assert sizes[1] < 0.5 * sizes[0]
