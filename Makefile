@@ -1,4 +1,4 @@
-# make run [KNOB=value ...] · make lab · make test · make test-colab · make release [PRESET=full] [REPOSITORY=owner/name]
+# make run [KNOB=value ...] · make lab · make test · make test-colab · make release [REPOSITORY=owner/name]
 # Each makes its own environment first.
 
 NOTEBOOK := CIFAR_10_Classification.ipynb

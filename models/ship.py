@@ -2,8 +2,8 @@
 
     CIFAR10_NPZ=cifar10.npz python models/ship.py FILE FILE...
 
-FILE: an HDF5 file with a whole model, such as the `best_model.hdf5` of a training. Writes models/best_model.hdf5 and
-prints its accuracy.
+FILE: an HDF5 file with a whole model, such as the `best_model.hdf5` of a training. Prints the accuracy of each and of
+the new file, which then replaces models/best_model.hdf5.
 """
 
 import os
@@ -31,7 +31,7 @@ def mean_of(models):
 
 
 def rounded(weights):
-    """Filters with bfloat16's eight digits of two, at most 0.4% away: half the file. Everything else as it is."""
+    """Filters with the eight binary digits that bfloat16 has, at most 0.4% away: half the file. All else as it is."""
     return ops.convert_to_numpy(ops.cast(ops.cast(weights, "bfloat16"), "float32")) if weights.ndim == 4 else weights
 
 
@@ -57,14 +57,15 @@ def save(model, path):
 
 
 def main(paths):
-    models = [keras.models.load_model(path, compile=False) for path in paths]
-    for model in models:
-        model.set_weights([rounded(weights) for weights in model.get_weights()])
-    shipped = mean_of(models)
-    save(shipped, TARGET)
     data = Path(os.environ["CIFAR10_NPZ"])
     with np.load(data) as file:
         x, y, x_test, y_test = (file[name] for name in ("x_train", "y_train", "x_test", "y_test"))
+    models = [keras.models.load_model(path, compile=False) for path in paths]
+    for model in models:
+        model.set_weights([rounded(weights) for weights in model.get_weights()])
+    new = TARGET.with_name(f"new_{TARGET.name}")
+    save(mean_of(models), new)
+    shipped = keras.models.load_model(new, compile=False)
     named = {f"Validation, {path}": (model, x[-5000:], y[-5000:]) for path, model in zip(paths, models)}
     named |= {"Validation, the mean": (shipped, x[-5000:], y[-5000:]), "Test, the mean": (shipped, x_test, y_test)}
     for name, (model, images, labels) in named.items():
@@ -72,12 +73,13 @@ def main(paths):
         answers = [model.predict(side, batch_size=500, verbose=0) for side in (images, images[:, :, ::-1])]
         plain, flips = (np.mean(a.argmax(axis=1) == labels.reshape(-1)) for a in (answers[0], sum(answers)))
         print(f"{name}: accuracy {plain:.4f}, with flips {flips:.4f} (CIFAR-10, {data.stem.replace('_', ' ')})")
+    new.replace(TARGET)
 
 
 if __name__ == "__main__":
-    missing = [path for path in sys.argv[1:] if not Path(path).is_file()]
-    if len(sys.argv) < 3 or not os.environ.get("CIFAR10_NPZ"):
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
-    if missing:
-        sys.exit(f"FILE: there is no file {missing[0]}.")
+    for path in (data := os.environ.get("CIFAR10_NPZ", ""), *sys.argv[1:]):
+        if not Path(path).is_file():
+            sys.exit(f"{'CIFAR10_NPZ' if path == data else 'FILE'}: there is no file {path!r}.")
     main(sys.argv[1:])

@@ -6,14 +6,16 @@ FIRST: the `best_model.hdf5` of `make run PRESET=full`, then, with SEED 1, the `
 FOLDER: where the checkpoint files go; interrupted, it continues from there. Runs the notebook's own cells up to its
 training, then trains on what is harder to learn by heart: a third of the batches are as the notebook makes them; in a
 third each image is blended with another one (mixup, Zhang and others, 2017); in a third a square of another image
-covers a part of it (CutMix, Yun and others, 2019). The labels have the same shares. Convolutions compute in bfloat16,
-which some CPUs and GPUs do faster. Writes FOLDER/trained.hdf5, the network with the best weights, in float32, and
-prints its validation accuracy. Shipped is what ship.py makes of several such files.
+covers a part of it (CutMix, Yun and others, 2019). The labels have the same shares. The blocks' convolutions compute in
+bfloat16, which some CPUs and GPUs do faster. Writes FOLDER/trained.hdf5, the network with the best weights, in float32,
+and prints its validation accuracy. Shipped is what ship.py makes of several such files.
 """
 
+import contextlib
 import os
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -63,10 +65,8 @@ def main(first, folder, seed="0"):
 
     first, folder = Path(first).absolute(), Path(folder).absolute()
     os.environ["CIFAR10_NPZ"] = str(Path(os.environ["CIFAR10_NPZ"]).absolute())
-    with tempfile.TemporaryDirectory() as work:
-        os.chdir(work)  # where the notebook's run folder and pictures go
+    with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):  # where the notebook's pictures go
         names = cells_before_training(SEED=int(seed), **KNOBS)
-        os.chdir(ROOT)
 
     class Mixed(type(names["train_data"])):
         def start_epoch(self, epoch):
@@ -81,7 +81,8 @@ def main(first, folder, seed="0"):
     model = names["build_model"]()
     model.load_weights(first)
     model.compile(plain.optimizer, plain.loss, metrics=["accuracy"])
-    checkpoint = ResumableCheckpoint(folder, monitor="val_accuracy", settings=names["settings"])
+    settings = names["settings"] | {"first": zlib.crc32(first.read_bytes())}
+    checkpoint = ResumableCheckpoint(folder, monitor="val_accuracy", settings=settings)
     model.fit(
         train_data,
         epochs=names["EPOCHS"],
@@ -104,8 +105,12 @@ def main(first, folder, seed="0"):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4) or not os.environ.get("CIFAR10_NPZ"):
+    if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
+    if not Path(os.environ.get("CIFAR10_NPZ", "")).is_file():
+        sys.exit("CIFAR10_NPZ: set it to the array file of the real data.")
     if not Path(sys.argv[1]).is_file():
         sys.exit(f"FIRST: there is no file {sys.argv[1]}. `make run PRESET=full` makes one and names its folder.")
+    if len(sys.argv) == 4 and not sys.argv[3].isdecimal():
+        sys.exit(f"SEED: expected a whole number, got {sys.argv[3]}")
     main(*sys.argv[1:])

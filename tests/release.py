@@ -1,11 +1,10 @@
-"""Renews what is committed from an executed run; `make release [PRESET=full]` calls it.
+"""Renews what is committed from an executed run of the default preset; `make release` calls it.
 
     python tests/release.py EXECUTED.ipynb
     python tests/release.py --repository OWNER/NAME     writes the address into badge and first cell, before a run
 
-The default preset's run gives the notebook's outputs and the figures, that of the full preset weights to ship, which
-models/train.py and models/ship.py improve. The tests import `code_digest` from here, to notice a code cell edited
-since.
+The run gives the notebook's outputs and the figures. (Weights to ship: models/train.py and models/ship.py.) The tests
+import `code_digest` from here, to notice a code cell edited since.
 """
 
 import base64
@@ -79,15 +78,6 @@ def clean(notebook):
     )
 
 
-def ship(source, target):
-    """The model alone, without what only a resumed training needs: half as large."""
-    sys.path.insert(0, str(ROOT / "models"))
-    import keras  # here, as nothing else in this file needs it
-    from ship import save
-
-    save(keras.models.load_model(source, compile=False), target)
-
-
 def main():
     if sys.argv[1] == "--repository":
         notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -103,12 +93,8 @@ def main():
         sys.exit("This run used the stand-in; a release shows real data. Set CIFAR10_NPZ.")
     injected = [cell.source for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
     knobs = [line for line in "".join(injected).splitlines() if line and not line.startswith("#")]
-    if knobs == ['PRESET = "full"']:
-        ship(folder / "best_model.hdf5", ROOT / "models" / "best_model.hdf5")
-        print(f"Renewed models/best_model.hdf5 from {folder}")
-        return
     if knobs:
-        sys.exit(f"A release has the knobs of a preset, this run has others: {', '.join(knobs)}")
+        sys.exit(f"A release has the default preset's knobs, this run ({folder}) has others: {', '.join(knobs)}")
     if "epoch 1/" not in text:
         sys.exit(f"This run trained nothing, as {folder} holds a finished one. Move that folder away and run again.")
     clean(notebook)

@@ -41,14 +41,20 @@ def test_it_goes_on_from_the_first_weights(tmp_path):
         "model = training.cells_before_training(**train.KNOBS)['model']\n"
         "model.set_weights([-w if w.ndim == 4 else w for w in model.get_weights()])\n"  # not what it begins with anyway
         "train.keras.Model(model.input, model.output).save('first.hdf5')\n"
-        "train.main('first.hdf5', 'second')"
+        "train.main('first.hdf5', 'second')\n"
+        "model.set_weights([w / 2 for w in model.get_weights()])\n"
+        "train.keras.Model(model.input, model.output).save('other.hdf5')\n"
+        "train.main('other.hdf5', 'second')"
     )
     env = {**os.environ, "CIFAR10_NPZ": str(tmp_path / "made up.npz")}
     result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert "Validation accuracy: 0." in result.stdout and "(CIFAR-10, made up)" in result.stdout, result.stderr
+    assert "first" in result.stderr.partition("ValueError")[2], result.stderr  # the folder is another training's
     paths = (tmp_path / name for name in ("first.hdf5", "second/best_model.hdf5", "second/trained.hdf5"))
     first, best, trained = (keras.models.load_model(path, compile=False) for path in paths)
     assert {layer.dtype_policy.name for layer in trained.layers} == {"float32"}
+    with h5py.File(tmp_path / "second" / "trained.hdf5") as file:
+        assert set(file) == {"model_weights"}  # without what only a resumed training needs
     assert all(np.array_equal(a, b) for a, b in zip(trained.get_weights(), best.get_weights(), strict=True))
     filters = [(a, b) for a, b in zip(first.get_weights(), best.get_weights()) if a.ndim == 4]
     assert all(np.corrcoef(a.flat, b.flat)[0, 1] > 0.9 and not np.array_equal(a, b) for a, b in filters)
@@ -78,6 +84,7 @@ def test_the_shipped_network_answers_with_the_mean_of_several(tmp_path, monkeypa
     answers = [model.predict(images, verbose=0) for model in models]
     assert min(np.abs(answers[0] - other).max() for other in answers[1:]) > 0.01
     np.testing.assert_allclose(shipped.predict(images, verbose=0), np.mean(answers, axis=0), atol=1e-5)
+    assert not ship.TARGET.with_name("new_shipped.hdf5").exists()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and all("(CIFAR-10, made up)" in line for line in lines)
     shown = float(lines[-1].split("Test, the mean: accuracy ")[1].split(",")[0])
