@@ -79,7 +79,9 @@ def main(paths):
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    for path in (data := os.environ.get("CIFAR10_NPZ", ""), *sys.argv[1:]):
+    if not Path(os.environ.get("CIFAR10_NPZ", "")).is_file():
+        sys.exit("CIFAR10_NPZ: set it to the array file of the real data.")
+    for path in sys.argv[1:]:
         if not Path(path).is_file():
-            sys.exit(f"{'CIFAR10_NPZ' if path == data else 'FILE'}: there is no file {path!r}.")
+            sys.exit(f"FILE: there is no file {path}. Name the HDF5 files of trained networks.")
     main(sys.argv[1:])
