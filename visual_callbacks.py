@@ -1,11 +1,24 @@
 """Keras callbacks that show a training as it happens and make sure that it is never lost.
 
-Copy this one file beside any Keras 3 notebook or script (TensorFlow, JAX or PyTorch backend)::
+Copy this one file beside any Keras 3 notebook or script (TensorFlow, JAX or PyTorch backend). Quick start::
 
     checkpoint = ResumableCheckpoint("runs/first", callbacks=[early_stopping], settings={"batch_size": 250})
-    model.fit(x_train, y_train, batch_size=250, epochs=30, verbose=0, shuffle=False, validation_data=(x_val, y_val),
-              callbacks=[early_stopping, AccLossPlotter(), ConfusionMatrixPlotter(x_val, y_val, classes), checkpoint],
-              initial_epoch=checkpoint.restore(model))
+    model.fit(
+        x_train,
+        y_train,
+        batch_size=250,
+        epochs=30,
+        shuffle=False,
+        verbose=0,
+        validation_data=(x_val, y_val),
+        initial_epoch=checkpoint.restore(model),
+        callbacks=[early_stopping, AccLossPlotter(), ConfusionMatrixPlotter(x_val, y_val, classes), checkpoint],
+    )
+
+Each callback works alone, and all share one record: the logs of every epoch of a model (`_Recorder`). So a plotter
+draws the epochs that `ResumableCheckpoint.restore` has brought back, too. The file goes from the simple to the
+composed: numbers and metrics, drawing, showing, recording, the plotters; then the checkpoint file, what must match,
+copies, and `ResumableCheckpoint` itself.
 
 A wrong argument is named at once in a ValueError or TypeError. The plotters take the arguments of chasingbob's
 keras-visuals; the idea to record apart from drawing is livelossplot's, that of a backup Keras's BackupAndRestore's.
@@ -13,20 +26,23 @@ keras-visuals; the idea to record apart from drawing is livelossplot's, that of 
 
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import logging
+import math
 import os
 import random
 import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import keras
@@ -36,17 +52,18 @@ from matplotlib.figure import Figure
 
 __all__ = ["AccLossPlotter", "ConfusionMatrixPlotter", "ResumableCheckpoint", "plot_confusion_matrix", "plot_history"]
 
-TRAINING, VALIDATION, MUTED = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito's colours, safe for colour-blind readers
-_HIGHER_IS_BETTER = re.compile("acc|auc|precision|recall|f1|fbeta|iou|r2|similarity|true_")
-_GROUP = "resumable_checkpoint"
-_MARK = b"SHA-256 of this file, with zeros for the 64 digits that follow: "
-# What Keras's callbacks count and compare from epoch to epoch. `min_delta` is left alone: Keras changes its sign later.
-_COUNTERS = ("best", "wait", "cooldown_counter", "best_epoch", "stopped_epoch", "best_weights")
-_STATE = {"epoch", "next_epoch", "finished", "counters", "best", "best_epoch", "records", "random", "fingerprint"}
-# A config without generated names, seeds (their states are restored) and what depends on version or backend.
-_GENERATED = {"name", "seed", "shared_object_id", "build_config", "compile_config", "keras_version", "backend"}
-_GENERATED |= {"module", "registered_name"}
-torch = sys.modules["torch"] if keras.backend.backend() == "torch" else None
+
+# Numbers, metrics and arguments ---------------------------------------------------------------------------------------
+# What a logged value is worth, whether less or more of it is better, and what Keras does not tell its callbacks.
+
+# The last words of the names of which everyone knows what is better; of others, Keras may know (see `_direction`).
+_LESS_IS_BETTER = {"loss", "error", "mae", "mse", "rmse", "mape", "msle"}
+_MORE_IS_BETTER = {"acc", "accuracy", "auc", "precision", "recall", "f1"}
+
+
+def _values(variables):
+    """Variables of any backend as NumPy arrays."""
+    return [np.asarray(keras.ops.convert_to_numpy(variable)) for variable in variables]
 
 
 def _expect(good, argument, wanted, got, error=ValueError):
@@ -55,96 +72,196 @@ def _expect(good, argument, wanted, got, error=ValueError):
 
 
 def _number(value):
-    # NumPy makes nan of None, but would take its time over the floats of thousands of epochs.
-    return value if isinstance(value, float) else float(np.mean(np.asarray(value, float)))
+    """A logged value as one number: an array by its mean, what is no number as nan."""
+    if isinstance(value, float):  # first, as NumPy would take its time over thousands of epochs
+        return value
+    try:
+        values = np.asarray(value, float)
+    except (TypeError, ValueError):
+        return math.nan
+    return float(values.mean()) if values.size else math.nan
 
 
-class _Recorder(keras.callbacks.Callback):
-    """Keeps the epochs of each model for all our callbacks: so plotters know those that `restore` brought back."""
+def _direction(name, model=None):
+    """Which of two logged values is better: "min", the smaller, or "max", the larger; None where nobody knows.
 
-    _of_models = weakref.WeakKeyDictionary()
+    Args:
+        name: of the logged value, such as `"val_accuracy"`.
+        model: whose compiled metrics Keras is asked for; they exist from the first batch on.
+    """
+    last_word = name.lower().split("_")[-1]
+    if last_word in _LESS_IS_BETTER:
+        return "min"
+    if last_word in _MORE_IS_BETTER:
+        return "max"
+    if model is None:
+        return None
+    asked = keras.callbacks.EarlyStopping(name)
+    asked.set_model(model)
+    try:
+        asked.on_epoch_end(0, {name: 0.0})  # in which it finds out; nothing is stopped in epoch 0
+    except ValueError:
+        return None
+    return "max" if asked.monitor_op(1.0, 0.0) else "min"
 
-    @property
-    def _records(self):  # the logs by epoch, from 0
-        return self._of_models.setdefault(self.model, {})
 
-    def on_epoch_begin(self, epoch, logs=None):
-        self._of_models[self.model] = {past: logs for past, logs in self._records.items() if past < epoch}
+def _arguments_of(method, model):
+    """The arguments of this model's `fit` or `evaluate` that is running now, by name; none where none is.
 
-    def on_epoch_end(self, epoch, logs=None):
-        self._records[epoch] = {} if logs is None else logs  # no copy: callbacks later in the list add to it
+    Keras tells its callbacks nothing about the data. So they are looked up where Keras has them: among the local
+    variables of the method that called us.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == method and frame.f_locals.get("self") is model:
+            return dict(frame.f_locals)
+        frame = frame.f_back
+    return {}
+
+
+# Drawing --------------------------------------------------------------------------------------------------------------
+# Functions from data to a Matplotlib Figure. They leave pyplot alone and can draw again in a figure that they made.
+
+TRAINING, VALIDATION, MUTED = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito's colours, safe for colour-blind readers
+_TOO_LARGE_TO_DRAW = 1e100  # Matplotlib's axes fail where the square of a value overflows
 
 
 def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title="", figure=None):
     """Draws one panel a graph: the training curve, the validation curve, the best epoch. Returns a Matplotlib Figure.
 
+    The best epoch is marked where it is known what is better: by the metric's name or, for a History, by Keras.
+
     Args:
-        history: what `fit` returned, or a dict of lists by metric name; `"epoch"` may list the epochs, from 0.
+        history: what `fit` returned, or a dict of lists by metric name; `"epoch"` may list the epochs, from 0. Of an
+            array that was logged (`F1Score()` has one value a class) the mean is drawn.
         graphs: metric names; `"acc"` finds whatever accuracy was logged.
         resumed_at: epoch (from 0) at which a resumed training began; a vertical line marks it.
         title: text above the panels.
         figure: what an earlier call for the same graphs returned, to draw in it again; quicker than a new one.
+
+    Raises:
+        TypeError: `history` is neither. ValueError: `graphs` is no list of names.
     """
+    model = None
     if isinstance(history, keras.callbacks.History):
+        model = history.model
         history = {**history.history, "epoch": history.epoch}
     _expect(isinstance(history, dict), "history", "a keras History or a dict of lists", history, TypeError)
-    named = not isinstance(graphs, str) and graphs and all(isinstance(name, str) and name for name in graphs)
+    return _draw_history(history, graphs, resumed_at, title, figure, model)
+
+
+def _draw_history(history, graphs, resumed_at, title, figure, model):
+    is_list = not isinstance(graphs, str) and len(graphs) > 0
+    named = is_list and all(isinstance(name, str) and name for name in graphs)
     _expect(named, "graphs", 'a list of metric names such as ["acc", "loss"]', graphs)
-    names = [name for name in history if name != "epoch"]
-    # Keras 2 logged `acc`, Keras 3 logs `accuracy` and its kin.
-    accuracies = [name for name in names if re.fullmatch("acc|(?!val_).*accuracy", name)]
-    figure = figure or _empty_panels(len(graphs))  # whose artists are then moved: quicker than plotting anew
+    if figure is None:
+        figure = _empty_panels(len(graphs))
     figure.texts[0].set_text(title)
     for ax, graph in zip(figure.axes, graphs):
-        training, validation, best, seam, *samples = ax.lines
-        note, *labels = ax.texts
-        others = accuracies if graph in ("acc", "accuracy") else []
-        name = next((name for name in [graph, *others] if name in names), None)
-        best.set_data([], [])
-        for line, key in ((training, name), (validation, f"val_{name}")):
-            y = np.asarray(history.get(key, []), float)
-            x = 1.0 + np.asarray(history.get("epoch", range(len(y))), float)[: len(y)]
-            x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-            line.set(data=(x, y), markersize=3 if len(y) < 25 else 0)
-            x, y = x[x % 1 == 0], y[x % 1 == 0]  # an epoch that is going on has a fraction, and cannot be the best yet
-            if len(y):  # of the two curves, the later one decides: validation, where there is any
-                index = y.argmax() if _HIGHER_IS_BETTER.search(key) else y.argmin()
-                best.set(data=([x[index]], [y[index]]), label=f"best {y[index]:.4g}, epoch {x[index]:.0f}")
-        ends = ([resumed_at + 0.5] * 2, [0, 1]) if resumed_at else ([], [])
-        seam.set(data=ends, label=f"resumed after epoch {resumed_at}")
-        ax.relim()
-        ax.set(xlim=(0, 1.03 * max(1, ax.dataLim.x1)), ylabel=name or graph)
-        ax.autoscale_view(scalex=False)
-        note.set_text(f"no {graph!r} was logged, only\n" + ",\n".join(names[:8]) if names and not name else "")
-        for line, sample, text in zip(ax.lines, samples, labels):
-            text.set_text(line.get_label() if len(line.get_xdata()) else "")
-            sample.set_visible(bool(text.get_text()))
+        _draw_panel(ax, graph, history, resumed_at, model)
     return figure
+
+
+def _draw_panel(ax, graph, history, resumed_at, model):
+    """Moves the artists of a panel to where they belong, which is quicker than plotting anew."""
+    artists = {artist.get_gid(): artist for artist in [*ax.lines, *ax.texts]}
+    names = [name for name in history if name != "epoch"]
+    name = _find_metric(graph, names)
+    curves = {"training": _points(history, name), "validation": _points(history, f"val_{name}")}
+    for label, (x, y) in curves.items():
+        artists[label].set_data(x, y)
+        artists[label].set_markersize(3 if len(y) < 25 else 0)
+
+    artists["best"].set_data([], [])
+    best = _best_point(curves, name and _direction(name, model))
+    if best is not None:
+        x, y = best
+        artists["best"].set_data([x], [y])
+        artists["best"].set_label(f"best {y:.4g}, epoch {x:.0f}")
+
+    artists["seam"].set_data([], [])
+    if resumed_at:
+        artists["seam"].set_data([resumed_at + 0.5, resumed_at + 0.5], [0, 1])
+        artists["seam"].set_label(f"resumed after epoch {resumed_at}")
+
+    ax.relim()
+    ax.set_xlim(0, 1.03 * max(1, ax.dataLim.x1))
+    ax.set_ylabel(name or graph, parse_math=False)
+    ax.autoscale_view(scalex=False)
+    missing = names and not name
+    note = f"no {graph!r} was logged, only\n" + ",\n".join(names[:8])
+    artists["note"].set_text(note if missing else "")
+    for label in ("training", "validation", "best", "seam"):
+        is_drawn = len(artists[label].get_xdata()) > 0
+        artists[f"sample of {label}"].set_visible(is_drawn)
+        artists[f"name of {label}"].set_text(artists[label].get_label() if is_drawn else "")
+
+
+def _find_metric(graph, names):
+    """The name under which a graph's metric was logged; None where it was not."""
+    if graph in names:
+        return graph
+    if graph in ("acc", "accuracy"):  # Keras 2 logged `acc`; Keras 3 logs `accuracy`, `binary_accuracy` and their kin
+        for name in names:
+            if re.fullmatch("acc|(?!val_).*accuracy", name):
+                return name
+    return None
+
+
+def _points(history, name):
+    """The epochs, from 1, and the values of a metric, without what cannot be drawn: nan, infinite, no number."""
+    y = np.array([_number(value) for value in history.get(name, [])], float)
+    epochs = history.get("epoch", range(len(y)))
+    x = 1.0 + np.asarray(epochs, float)[: len(y)]
+    drawable = np.abs(y) < _TOO_LARGE_TO_DRAW
+    return x[drawable], y[drawable]
+
+
+def _best_point(curves, direction):
+    """Epoch and value of the best epoch: by validation, where there is any, else by training."""
+    if direction is None:
+        return None
+    for label in ("validation", "training"):
+        x, y = curves[label]
+        is_whole = x % 1 == 0  # an epoch that is going on has a fraction, and cannot be the best yet
+        if is_whole.any():
+            x, y = x[is_whole], y[is_whole]
+            index = y.argmax() if direction == "max" else y.argmin()
+            return x[index], y[index]
+    return None
 
 
 def _empty_panels(count):
     figure = FigureCanvasAgg(Figure(figsize=(4.8 * count, 4), dpi=100)).figure
-    figure.text(0.5, 0.97, "", ha="center", va="top")
+    figure.text(0.5, 0.97, "", ha="center", va="top", parse_math=False)
     for index in range(count):
-        ax = figure.add_axes(((index + 0.156) / count, 0.13, 0.812 / count, 0.62), xlabel="epoch", ymargin=0.06)
-        ax.grid(alpha=0.3)
-        ax.tick_params(bottom=False, left=False)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.locator_params(nbins=5)
-        ax.locator_params("x", integer=True)
-        ax.plot([], [], color=TRAINING, label="training", marker="o", ms=0)
-        ax.plot([], [], color=VALIDATION, label="validation", marker="o", ms=0, ls="--")
-        ax.plot([], [], "o", color="black", ms=8, mfc="none", mew=1.8, zorder=3)
-        ax.axvline(0, color=MUTED, lw=1.2, ls=":")
-        ax.text(0.5, 0.5, "", transform=ax.transAxes, ha="center", va="center", color=MUTED)
-        # The key above the curves: Matplotlib's Legend would take a third of the time of a redraw.
-        for place, line in enumerate(list(ax.lines)):
-            x, y = 0.43 * (place // 2), 1.16 - 0.08 * (place % 2)
-            (sample,) = ax.plot([x, x + 0.035, x + 0.07], [y] * 3)
-            sample.update_from(line)
-            sample.set(transform=ax.transAxes, clip_on=False, markevery=[1], label="_key")
-            ax.text(x + 0.09, y, "", transform=ax.transAxes, va="center", fontsize=9)
+        place = ((index + 0.156) / count, 0.13, 0.812 / count, 0.62)
+        _fill_panel(figure.add_axes(place, xlabel="epoch", ymargin=0.06))
     return figure
+
+
+def _fill_panel(ax):
+    """Puts the artists into an empty panel; `_draw_panel` finds them by their group id (gid)."""
+    ax.grid(alpha=0.3)
+    ax.tick_params(bottom=False, left=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.locator_params(nbins=5)
+    ax.locator_params("x", integer=True)
+    ax.plot([], [], color=TRAINING, label="training", gid="training", marker="o", ms=0)
+    ax.plot([], [], color=VALIDATION, label="validation", gid="validation", marker="o", ms=0, ls="--")
+    ax.plot([], [], "o", color="black", gid="best", ms=8, mfc="none", mew=1.8, zorder=3)
+    ax.axvline(0, color=MUTED, gid="seam", lw=1.2, ls=":")
+    middle = {"transform": ax.transAxes, "va": "center", "parse_math": False}
+    ax.text(0.5, 0.5, "", gid="note", ha="center", color=MUTED, **middle)
+    # The key above the curves, two columns of two rows: Matplotlib's Legend would take a third of a redraw's time.
+    corners = {"training": (0, 1.16), "validation": (0, 1.08), "best": (0.43, 1.16), "seam": (0.43, 1.08)}
+    for line in list(ax.lines):
+        x, y = corners[line.get_gid()]
+        (sample,) = ax.plot([x, x + 0.035, x + 0.07], [y, y, y])
+        sample.update_from(line)
+        sample.set(transform=ax.transAxes, clip_on=False, markevery=[1], label="_key")
+        sample.set_gid(f"sample of {line.get_gid()}")
+        ax.text(x + 0.09, y, "", gid=f"name of {line.get_gid()}", fontsize=9, **middle)
 
 
 def plot_confusion_matrix(matrix, classes, normalize=False, cmap="Blues", title="Confusion Matrix", ax=None):
@@ -157,68 +274,169 @@ def plot_confusion_matrix(matrix, classes, normalize=False, cmap="Blues", title=
         cmap: name of a colormap, or a colormap.
         title: text above the matrix.
         ax: a Matplotlib axes to draw in, instead of a new figure; an earlier drawing in it is changed in place.
+
+    Raises:
+        ValueError: fewer than two names, or a matrix of another shape or with negative counts.
     """
-    matrix, count = np.asarray(matrix, float), len(classes)
+    matrix = np.asarray(matrix, float)
+    count = len(classes)
     _expect(not isinstance(classes, str) and count > 1, "classes", "at least two names", classes)
     _expect(matrix.shape == (count, count) and (matrix >= 0).all(), "matrix", f"{count} x {count} counts", matrix)
-    names, font = [str(name) for name in classes], max(4, min(10, 420 / count))
+    names = [str(name) for name in classes]
+    font = max(4, min(10, 420 / count))
     if ax is None:
-        # Margins that hold the longest name, so that the axes keep their place from one drawing to the next.
-        side, margin = max(2.6, min(0.5 * count, 8.2)), 0.6 + 0.0088 * font * max(map(len, names))
-        width, height = side + margin + 1.3, side + margin + 0.5
-        figure = FigureCanvasAgg(Figure(figsize=(width, height), dpi=100)).figure
-        ax = figure.add_axes(((margin + 0.4) / width, margin / height, side / width, side / height))
+        ax = _matrix_axes(names, font)
     if not ax.images:
-        image = ax.imshow(matrix, cmap=cmap)
-        inch = ax.figure.dpi / ax.bbox.width
-        bar = ax.figure.colorbar(image, cax=ax.inset_axes((1 + 0.1 * inch, 0, 0.12 * inch, 1)))
-        bar.set_label("share of the true class" if normalize else "images")
-        ax.set(xlabel="predicted class", ylabel="true class, recall")
-        ax.set_xticks(range(count), names, rotation=90, fontsize=font)
-        for i, j in np.ndindex(count, count) if count <= 20 else ():  # only while four digits fit into a cell
-            ax.text(j, i, "", ha="center", va="center", fontsize=min(10, 170 / count))
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    shown, (image,) = shares if normalize else matrix, ax.images
-    image.set(data=shown, clim=(0, 1 if normalize else max(matrix.max(), 1)))
-    ax.set_title(title)
-    ax.set_yticks(range(count), [f"{name} {s:4.0%}" for name, s in zip(names, shares.diagonal())], fontsize=font)
-    for text, value, colour in zip(ax.texts, shown.flat, image.cmap(image.norm(shown)).reshape(-1, 4)):
-        dark = colour[:3] @ (0.299, 0.587, 0.114) < 0.5
-        text.set(text=f"{value:.2f}" if normalize else f"{value:.0f}", color="w" if dark else "k")
+        _fill_matrix(ax, matrix, names, font, normalize, cmap)
+
+    recalls = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    shown = recalls if normalize else matrix
+    image = ax.images[0]
+    image.set_data(shown)
+    image.set_clim(0, 1 if normalize else max(matrix.max(), 1))
+    ax.set_title(title, parse_math=False)
+    labels = [f"{name} {recall:4.0%}" for name, recall in zip(names, recalls.diagonal())]
+    ax.set_yticks(range(count), labels, fontsize=font, parse_math=False)
+    colours = image.cmap(image.norm(shown)).reshape(-1, 4)[:, :3]
+    brightness = colours @ (0.299, 0.587, 0.114)
+    for text, value, bright in zip(ax.texts, shown.flat, brightness):  # no texts in a large matrix
+        text.set_text(f"{value:.2f}" if normalize else f"{value:.0f}")
+        text.set_color("white" if bright < 0.5 else "black")
     return ax.figure
 
 
+def _matrix_axes(names, font):
+    """Axes in a new figure, with margins for the longest name: they keep their place from one drawing to the next."""
+    side = max(2.6, min(0.5 * len(names), 8.2))
+    longest = max(len(name) for name in names)
+    margin = 0.6 + 0.0088 * font * longest
+    width, height = side + margin + 1.3, side + margin + 0.5
+    figure = FigureCanvasAgg(Figure(figsize=(width, height), dpi=100)).figure
+    return figure.add_axes(((margin + 0.4) / width, margin / height, side / width, side / height))
+
+
+def _fill_matrix(ax, matrix, names, font, normalize, cmap):
+    count = len(names)
+    image = ax.imshow(matrix, cmap=cmap)
+    inch = ax.figure.dpi / ax.bbox.width
+    bar = ax.figure.colorbar(image, cax=ax.inset_axes((1 + 0.1 * inch, 0, 0.12 * inch, 1)))
+    bar.set_label("share of the true class" if normalize else "images")
+    ax.set(xlabel="predicted class", ylabel="true class, recall")
+    ax.set_xticks(range(count), names, rotation=90, fontsize=font, parse_math=False)
+    if count > 20:  # four digits do not fit into a cell any more
+        return
+    for row, column in np.ndindex(count, count):
+        ax.text(column, row, "", ha="center", va="center", fontsize=min(10, 170 / count))
+
+
+# Showing --------------------------------------------------------------------------------------------------------------
+# Where a picture appears: in the cell that runs, where there is a kernel, and in a PNG file.
+
+
+class _Display:
+    """One place for one picture, which each new picture takes over.
+
+    Args:
+        path: of the PNG file, which is always written where there is no kernel (in a script or a terminal).
+        save_graph: write it in a kernel, too.
+    """
+
+    def __init__(self, path, save_graph):
+        self._path = Path(path)
+        self._save_graph = save_graph
+        self._handle = None  # IPython's handle on the picture in the cell
+        self._cell = None  # the number of that cell
+
+    def show(self, figure):
+        buffer = io.BytesIO()
+        # A new canvas, as one keeps the size of every text it ever drew; light compression, as more takes longest.
+        FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})
+        png = buffer.getvalue()
+        ipython = sys.modules.get("IPython")
+        shell = ipython.get_ipython() if ipython else None
+        in_kernel = hasattr(shell, "kernel")  # Jupyter, Colab or a notebook runner
+        if in_kernel:
+            width, height = (int(pixels) for pixels in figure.bbox.size)
+            image = ipython.display.Image(png, width=width, height=height)
+            self._show_in_cell(image, ipython, shell.execution_count)
+        if self._save_graph or not in_kernel:
+            self._write(png)
+
+    def _show_in_cell(self, image, ipython, cell):
+        if self._handle is not None and self._cell == cell:
+            self._handle.update(image)
+            return
+        self._handle = ipython.display.display(image, display_id=True)
+        self._cell = cell
+
+    def _write(self, png):
+        partial = self._path.with_name(f"{self._path.stem}.tmp.png")
+        with contextlib.suppress(OSError):  # a full disk costs a picture, never the training
+            partial.write_bytes(png)
+            partial.replace(self._path)
+
+
+# Recording ------------------------------------------------------------------------------------------------------------
+# The record that all our callbacks share: what was logged in each epoch, also in those before a restart.
+
+
+class _Recorder(keras.callbacks.Callback):
+    """Keeps the epochs of each model for all our callbacks: so plotters know those that `restore` brought back."""
+
+    _of_models = weakref.WeakKeyDictionary()
+
+    @property
+    def _records(self):
+        """The logs by epoch, from 0, of the model that this callback belongs to."""
+        return self._of_models.setdefault(self.model, {})
+
+    def on_epoch_begin(self, epoch, logs=None):
+        earlier = {past: logs for past, logs in self._records.items() if past < epoch}
+        self._of_models[self.model] = earlier
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._records[epoch] = {} if logs is None else logs  # no copy: callbacks later in the list add to it
+
+
+# The plotters ---------------------------------------------------------------------------------------------------------
+# When to draw, and what: one picture each. Nothing that goes wrong in them ends a training.
+
+
 class _Plotter(_Recorder):
-    """Shows one picture: in a display of its own where there is a kernel, else (or also) in a PNG file."""
+    """What the plotters share. `figure` is the Matplotlib Figure drawn last; its `savefig` writes it to a file."""
 
     def __init__(self, path, save_graph):
         super().__init__()
-        self._path, self._save_graph, self._figure, self._handle, self._cell = Path(path), save_graph, None, None, None
+        self.figure = None
+        self._display = _Display(path, save_graph)
+        self._has_failed = False
 
-    def _show(self, figure):
-        self._figure, buffer = figure, io.BytesIO()
-        # A new canvas, as one keeps the size of every text it ever drew; light compression, as more takes longest.
-        FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})
-        ipython = sys.modules.get("IPython")
-        shell = ipython and ipython.get_ipython()
-        in_kernel = hasattr(shell, "kernel")  # Jupyter, Colab or a notebook runner; not a script or a terminal
-        if in_kernel:
-            width, height = map(int, figure.bbox.size)
-            image = ipython.display.Image(buffer.getvalue(), width=width, height=height)
-            if self._handle and self._cell == shell.execution_count:
-                self._handle.update(image)
-            else:
-                self._handle, self._cell = ipython.display.display(image, display_id=True), shell.execution_count
-        with contextlib.suppress(OSError):  # a full disk costs a picture, never the training
-            if self._save_graph or not in_kernel:
-                partial = self._path.with_name(f"{self._path.stem}.tmp.png")
-                partial.write_bytes(buffer.getvalue())
-                partial.replace(self._path)
+    def _draw(self, *situation):
+        """Returns the Figure of this situation, as `_redraw` was told of it."""
+        raise NotImplementedError
+
+    def _redraw(self, *situation):
+        try:
+            self.figure = self._draw(*situation)
+            self._display.show(self.figure)
+        except Exception as error:  # whatever it is, a picture is not worth a training
+            self.figure = None  # it may be half drawn
+            if not self._has_failed:
+                self._has_failed = True
+                me = type(self).__name__
+                warnings.warn(f"{me} cannot draw: {error!r}. Training goes on; each epoch tries again.")
 
 
 def _duration(seconds):
-    m, s = divmod(round(seconds), 60)
-    return f"{m // 60} h {m % 60} min" if m >= 60 else f"{m} min" if m >= 10 else f"{m} min {s} s" if m else f"{s} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours = minutes // 60
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    if minutes >= 10:
+        return f"{minutes} min"
+    if minutes:
+        return f"{minutes} min {seconds} s"
+    return f"{seconds} s"
 
 
 class AccLossPlotter(_Plotter):
@@ -229,405 +447,280 @@ class AccLossPlotter(_Plotter):
         save_graph: also keep the picture current in the file `path`. Without a kernel (a plain script) it always is.
         title: text above the panels, before the progress.
         verbose: 1 prints one line an epoch, with the values drawn, 0 nothing.
+
+    Raises:
+        ValueError: `graphs` is no list of names, or `verbose` neither 0 nor 1.
     """
 
     def __init__(self, graphs=("acc", "loss"), save_graph=False, title="", path="training_acc_loss.png", verbose=1):
         super().__init__(path, save_graph)
         _expect(verbose in (0, 1), "verbose", "0 or 1", verbose)
         plot_history({}, graphs)  # which checks them
-        self._graphs, self.title, self.verbose = list(graphs), title, verbose
+        self.title = title
+        self.verbose = verbose
+        self._graphs = list(graphs)
+        self._not_drawn = set()  # names of metrics whose values cannot be drawn, once that was said
 
     def on_train_begin(self, logs=None):
-        self._began, self._seconds, self._resumed_at = time.monotonic(), [], None
-        self._draw("starting")  # the first sign of life: compiling may take a while
+        self._began = time.monotonic()
+        self._seconds = []  # that each epoch took
+        self._resumed_at = None
+        self._redraw("starting")  # the first sign of life: compiling may take a while
 
     def on_epoch_begin(self, epoch, logs=None):
         super().on_epoch_begin(epoch, logs)
-        self._resumed_at = self._resumed_at if self._seconds else epoch or None
-        self._epoch, self._epoch_began = epoch, time.monotonic()
+        if not self._seconds and epoch > 0:
+            self._resumed_at = epoch
+        self._epoch = epoch
+        self._epoch_began = time.monotonic()
         self._position = f"{epoch + 1}/{self.params['epochs']}"
 
     def on_train_batch_end(self, batch, logs=None):
-        if (steps := self.params.get("steps")) and time.monotonic() - self._drawn >= 2:
+        steps = self.params.get("steps")
+        if steps and time.monotonic() - self._drawn >= 2:
             done = (batch + 1) / steps
-            progress = f"{done:.0%} of epoch {self._position}, {self._left(done)} left"
-            self._draw(progress, {self._epoch + done - 1: logs or {}})
+            running = {self._epoch + done - 1: logs or {}}
+            self._redraw(f"{done:.0%} of epoch {self._position}, {self._left(done)} left", running)
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
         self._seconds.append(time.monotonic() - self._epoch_began)
         left = self._left(1)
-        self._draw(f"epoch {self._position}, {left} left")
+        self._redraw(f"epoch {self._position}, {left} left")
+        values = self._drawn_values(logs or {})
+        self._say_what_is_not_drawn(values)
         if self.verbose:
-            drawn = [name for ax in self._figure.axes for name in (ax.get_ylabel(), f"val_{ax.get_ylabel()}")]
-            values = "  ".join(f"{name} {_number(logs[name]):.4f}" for name in drawn if name in (logs or {}))
-            print(f"epoch {self._position}  {values}  {_duration(self._seconds[-1])}, {left} left", flush=True)
+            listed = "  ".join(f"{name} {_number(value):.4f}" for name, value in values.items())
+            print(f"epoch {self._position}  {listed}  {_duration(self._seconds[-1])}, {left} left", flush=True)
 
     def on_train_end(self, logs=None):
-        took = f" in {_duration(time.monotonic() - self._began)}" if self._seconds and not self._resumed_at else ""
-        self._draw(f"{max(self._records) + 1} epochs{took}" if self._records else "nothing was trained")
+        if not self._records:
+            self._redraw("nothing was trained")
+            return
+        progress = f"{max(self._records) + 1} epochs"
+        if self._seconds and not self._resumed_at:  # how long the epochs before a restart took is not known
+            progress += f" in {_duration(time.monotonic() - self._began)}"
+        self._redraw(progress)
 
     def _left(self, done):
-        pace = np.median(self._seconds[-5:] or (time.monotonic() - self._epoch_began) / done)  # at first, of this epoch
+        """How long the rest will take, in words, when the share `done` of this epoch is."""
+        if self._seconds:
+            pace = np.median(self._seconds[-5:])
+        else:
+            pace = (time.monotonic() - self._epoch_began) / done
         return _duration(pace * (self.params["epochs"] - self._epoch - done))
 
+    def _drawn_values(self, logs):
+        """What was logged of the metrics that have a panel, by name."""
+        names = [_find_metric(graph, logs) for graph in self._graphs]
+        drawn = [key for name in names if name for key in (name, f"val_{name}")]
+        return {name: logs[name] for name in drawn if name in logs}
+
+    def _say_what_is_not_drawn(self, values):
+        for name, value in values.items():
+            # That a loss is nan or infinite is not said here: trainings end like this, it is no mistake in the logs.
+            is_usual = isinstance(value, float) and not math.isfinite(value)
+            if abs(_number(value)) < _TOO_LARGE_TO_DRAW or is_usual or name in self._not_drawn:
+                continue
+            self._not_drawn.add(name)
+            warnings.warn(f"{name} cannot be drawn where it is no number or too large, such as {value!r}.")
+
     def _draw(self, progress, running=()):
-        parts = [self.title, progress] if self.title else [progress]
+        self._drawn = time.monotonic()
+        parts = [progress]
+        if self.title:
+            parts.insert(0, self.title)
         with contextlib.suppress(AttributeError, TypeError, ValueError):  # not every optimizer has one learning rate
             parts.append(f"learning rate {float(self.model.optimizer.learning_rate):.3g}")
         records = self._records | dict(running)
         names = dict.fromkeys(name for logs in records.values() for name in logs)
-        history = {n: [_number(logs.get(n)) for logs in records.values()] for n in names} | {"epoch": list(records)}
-        self._show(plot_history(history, self._graphs, self._resumed_at, " · ".join(parts), self._figure))
-        self._drawn = time.monotonic()
+        history = {name: [logs.get(name) for logs in records.values()] for name in names}
+        history["epoch"] = list(records)
+        return _draw_history(history, self._graphs, self._resumed_at, " · ".join(parts), self.figure, self.model)
 
 
 class ConfusionMatrixPlotter(_Plotter):
     """Redraws the confusion matrix of a validation set after each epoch.
 
-    Compile `keras.metrics.OneHotMeanIoU(len(classes))` (`MeanIoU` for integer labels) as a metric and validate on the
-    same images: that metric then holds the matrix, and nothing is predicted a second time.
+    Compile `keras.metrics.OneHotMeanIoU(len(classes))` (`MeanIoU` for integer labels) as a metric, and pass the same
+    arrays here and as `validation_data`: that metric then holds the matrix, and nothing is predicted a second time.
+    Otherwise the images are predicted.
 
     Args:
         X_val: images, an array whose first axis counts them.
-        Y_val: their labels: integers of shape (n,) or (n, 1), or one-hot of shape (n, classes).
+        Y_val: one label an image: integers of shape (n,) or (n, 1), or one-hot of shape (n, classes).
         classes: the class names, in the order of the labels.
         normalize, cmap, title: as for `plot_confusion_matrix`. save_graph, path: as for `AccLossPlotter`.
         every: redraw after every so many epochs.
+
+    Raises:
+        ValueError: labels that are not one class an image, names that do not match them, or, when training begins,
+            a model with another number of outputs.
     """
 
-    def __init__(self, X_val, Y_val, classes, normalize=False, cmap="Blues", title="Confusion Matrix", every=1,
-                 save_graph=False, path="confusion_matrix.png"):  # fmt: skip
+    def __init__(
+        self,
+        X_val,
+        Y_val,
+        classes,
+        normalize=False,
+        cmap="Blues",
+        title="Confusion Matrix",
+        every=1,
+        save_graph=False,
+        path="confusion_matrix.png",
+    ):
         super().__init__(path, save_graph)
-        labels, size, count, self._style = np.asarray(Y_val), len(X_val), len(classes), (classes, normalize, cmap)
-        plot_confusion_matrix(np.zeros((count, count)), *self._style)  # which checks them
-        if labels.shape[1:] in ((1,), (count,)):
-            labels = labels.argmax(axis=1) if labels.shape[1] == count else labels[:, 0]
-        _expect(labels.shape == (size,), "Y_val", f"shape {(size,)} or, one-hot, {(size, count)}", np.shape(Y_val))
-        _expect(size and np.isin(labels, range(count)).all(), "Y_val", f"whole numbers from 0 to {count - 1}", labels)
+        self._style = (classes, normalize, cmap)
+        plot_confusion_matrix(np.zeros((len(classes), len(classes))), *self._style)  # which checks them
         _expect(type(every) is int and every > 0, "every", "a whole number of epochs, at least 1", every)
-        self.X_val, self.labels, self.title, self.every = X_val, labels.astype(int), title, every
-        self._images = np.bincount(self.labels, minlength=count)  # of each class
+        self.X_val = X_val
+        self.labels = _class_indices(Y_val, len(X_val), len(classes))
+        self.title = title
+        self.every = every
+        self._images = np.bincount(self.labels, minlength=len(classes))  # of each class
+        self._validated = None  # images of the last validation pass that were found to be ours
+        self._held = None  # the matrix that a compiled metric held at its end
+        self._outputs = None  # of the model, as soon as it is built
 
     def on_train_begin(self, logs=None):
-        self._draw(max(self._records, default=None))  # where a resumed training stands
+        self._held = None
+        outputs = getattr(self.model, "output_shape", None) if self.model.built else None
+        if isinstance(outputs, tuple) and isinstance(outputs[-1], int):
+            self._check_outputs(outputs[-1])
+        self._redraw(max(self._records, default=None))  # where a resumed training stands
+
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
+        self._held = None  # it was of the epoch before
+
+    def on_test_end(self, logs=None):
+        # The end of a validation pass, or of an `evaluate` of the user's own: only of our images the matrix is taken.
+        self._held = self._matrix_held_by_a_metric()
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
         if (epoch + 1) % self.every == 0:
-            self._draw(epoch)
+            self._redraw(epoch)
 
     def on_train_end(self, logs=None):
-        if (last := max(self._records, default=None)) != self._drawn_epoch:  # `every` left it out
-            self._draw(last)
+        self._held = None  # from here on, the model may be changed
+        last = max(self._records, default=None)
+        if last != self._drawn_epoch:  # `every` left it out
+            self._redraw(last)
 
     def _draw(self, epoch):
-        self._drawn_epoch, when = epoch, "starting" if epoch is None else f"epoch {epoch + 1}"
-        matrix = np.diag(0 * self._images) if epoch is None else self.confusion_matrix()
-        ax = self._figure.axes[0] if self._figure else None
-        self._show(plot_confusion_matrix(matrix, *self._style, f"{self.title} · {when}", ax))
+        self._drawn_epoch = epoch
+        if epoch is None:
+            when = "starting"
+            matrix = np.zeros((len(self._images), len(self._images)))
+        else:
+            when = f"epoch {epoch + 1}"
+            matrix = self.confusion_matrix()
+        ax = self.figure.axes[0] if self.figure else None
+        return plot_confusion_matrix(matrix, *self._style, f"{self.title} · {when}", ax)
 
     def confusion_matrix(self):
         """Counts of shape (classes, classes), true class by row, of the model as it is now."""
+        if self._held is not None:
+            return self._held
+        scores = self.model.predict(self.X_val, batch_size=500, verbose=0)
+        if not hasattr(scores, "shape"):
+            raise ValueError(f"model: expected one output, got {len(scores)}")
+        scores = np.asarray(scores).reshape(len(self.labels), -1)
+        self._check_outputs(scores.shape[1])
+        if scores.shape[1] == 1:
+            predicted = scores[:, 0] > _threshold(self.model, scores)
+        else:
+            predicted = scores.argmax(axis=1)
         count = len(self._images)
-        metrics = [m for metric in self.model.metrics for m in [metric, *getattr(metric, "metrics", [])]]
-        for held in _values(m.total_cm for m in metrics if hasattr(m, "total_cm")):
-            if held.shape == (count, count) and (held.sum(axis=1) == self._images).all():  # it is of these very images
+        pairs = self.labels * count + predicted
+        return np.bincount(pairs, minlength=count * count).reshape(count, count)
+
+    def _check_outputs(self, outputs):
+        count = len(self._images)
+        if outputs != count and not (count == 2 and outputs == 1):
+            raise ValueError(f"classes: {count} names, but the model has {outputs} outputs")
+        self._outputs = outputs
+
+    def _matrix_held_by_a_metric(self):
+        """The matrix of a compiled metric after a validation pass, if that was over our images, else None."""
+        passed = _arguments_of("evaluate", self.model)
+        count = len(self._images)
+        if passed.get("sample_weight") is not None or self._outputs != count:
+            return None
+        if not self._are_ours(passed.get("x"), passed.get("y")):
+            return None
+        metrics = []
+        for metric in self.model.metrics:  # Keras keeps the compiled ones inside another
+            metrics += [metric, *getattr(metric, "metrics", [])]
+        matrices = _values(metric.total_cm for metric in metrics if hasattr(metric, "total_cm"))
+        for held in matrices:
+            if held.shape == (count, count) and (held.sum(axis=1) == self._images).all():
                 return held
-        scores = np.asarray(self.model.predict(self.X_val, batch_size=500, verbose=0)).reshape(len(self.labels), -1)
-        if scores.shape[1] not in (count, 1 if count == 2 else count):
-            raise ValueError(f"classes: {count} names, but the model has {scores.shape[1]} outputs")
-        predicted = scores.argmax(axis=1) if scores.shape[1] > 1 else scores[:, 0] > 0.5
-        return np.bincount(self.labels * count + predicted, minlength=count * count).reshape(count, count)
+        return None
 
-
-class ResumableCheckpoint(_Recorder):
-    """Saves a training after every epoch so exactly that continuing it equals never having stopped.
-
-    `saved_model.hdf5` is renewed after every epoch, `best_model.hdf5` when the monitored value improves. Plain Keras
-    opens both, by `load_weights` or `load_model`, which returns an uncompiled model: a group of our own holds the
-    optimizer, seed states of layers, epoch, history, best value, counters of `callbacks`, the global random states of
-    Python, NumPy and PyTorch, and a SHA-256 of the whole file.
-
-    Keras keeps no state of its shuffling, so that data comes in the same order again is the caller's part: pass
-    `shuffle=False` and a `keras.utils.PyDataset` that derives order and augmentation from a seed and the epoch.
-
-    Args:
-        directory: where the two files live, one directory a training; made if missing.
-        monitor: the logged value that `best_model.hdf5` goes by.
-        callbacks: the other callbacks of this `fit` whose counters are kept (EarlyStopping, ReduceLROnPlateau, ...).
-        settings: a dict of whatever else must be the same on resuming: batch size, seed, number of epochs, data.
-        mode: `"min"`, `"max"`, or `"auto"` to go by the name of `monitor`.
-        verbose: 1 says where training continues, 0 nothing; warnings are given in any case.
-        copy_to: a second directory (on Google Drive, say) for copies of both files, made in the background and compared
-            byte for byte. While it is slow, full or gone, training goes on. `restore` takes whichever file is further.
-    """
-
-    def __init__(self, directory, monitor="val_loss", callbacks=(), settings=None, mode="auto", verbose=1, copy_to=""):
-        super().__init__()
-        _expect(isinstance(monitor, str), "monitor", "the name of a logged value", monitor)
-        _expect(mode in ("auto", "min", "max"), "mode", '"auto", "min" or "max"', mode)
-        several = isinstance(callbacks, (list, tuple)) and all(hasattr(c, "on_epoch_end") for c in callbacks)
-        _expect(several, "callbacks", "a list of Keras callbacks", callbacks, TypeError)
+    def _are_ours(self, images, labels):
+        if images is None:
+            return False
+        if images is not self.X_val and images is not self._validated:
+            arrays = isinstance(images, np.ndarray) and isinstance(self.X_val, np.ndarray)
+            if not arrays or not np.array_equal(images, self.X_val):
+                return False
+            self._validated = images  # compared once a training, as that takes its time
         try:
-            self.settings = _plain(dict(settings or {}))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"settings: expected a dict of numbers, strings and lists, got {settings!r}") from error
-        self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.copy_to, folders = Path(copy_to) if copy_to else None, [self.directory]
-        if copy_to:
-            self.copy_to.mkdir(exist_ok=True)  # without its parents: where a Drive is not mounted, that is an error
-            folders.append(self.copy_to)
-        self.saved_path, self.best_path = self.directory / "saved_model.hdf5", self.directory / "best_model.hdf5"
-        self._files = [folder / path.name for path in (self.saved_path, self.best_path) for folder in folders]
-        self.monitor, self.callbacks, self.verbose = monitor, list(callbacks), verbose
-        self._maximise = mode == "max" or mode == "auto" and bool(_HIGHER_IS_BETTER.search(monitor))
-        self._restored = self._next_epoch = self.best = self.best_epoch = self._copying = None
-        self._pool, self._patience = ThreadPoolExecutor(1), 300  # seconds that the end of a training waits for a copy
+            return (_class_indices(labels, len(images), len(self._images)) == self.labels).all()
+        except ValueError:
+            return False
 
-    def restore(self, model):
-        """Loads the saved state into a built and compiled model; returns the epoch to pass to `fit` as `initial_epoch`.
 
-        That is 0 where nothing is saved yet, and the last epoch of a `fit` that had finished: nothing more is trained.
+def _class_indices(labels, size, count):
+    """Labels as class numbers of shape (n,), from integers of shape (n,) or (n, 1) or one-hot rows."""
+    given = labels
+    labels = np.asarray(labels)
+    if labels.shape == (size, count) and count > 1:
+        is_one_hot = np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all()
+        _expect(is_one_hot, "Y_val", "one label an image, so one 1 in each one-hot row, all else 0", given)
+        labels = labels.argmax(axis=1)
+    if labels.shape == (size, 1):
+        labels = labels[:, 0]
+    _expect(labels.shape == (size,), "Y_val", f"shape {(size,)} or, one-hot, {(size, count)}", np.shape(given))
+    is_class = size > 0 and np.isin(labels, range(count)).all()
+    _expect(is_class, "Y_val", f"whole numbers from 0 to {count - 1}", labels)
+    return labels.astype(int)
 
-        Raises:
-            ValueError: the model is not compiled or not built; or model, optimizer, loss or settings differ from the
-                saved ones (the first ten differences are listed); or no file can be used. No file is changed then.
-        """
-        if not (getattr(model, "compiled", False) and model.built):
-            raise ValueError("model: compile it and build it (begin it with keras.Input(shape)) before restore(model)")
-        self._restored = self._next_epoch = self.best = self.best_epoch = None
-        self.set_model(model)
-        self._records.clear()
-        usable, problems = [], {}
-        for path in filter(Path.exists, self._files):
-            try:
-                usable.append((path, *self._read(path)))
-            except Exception as error:  # whatever HDF5 raises is the reason to pass on
-                problems[path] = error if isinstance(error, ValueError) else f"it cannot be used: {error!r}"
-        if problems and not usable:
-            listed = "\n".join(f"{path}: {problem}" for path, problem in problems.items())
-            remedy = "To continue, undo the differences; to start anew, use another directory or move these files away."
-            raise ValueError(f"There is no state to continue from, and nothing was changed.\n{listed}\n{remedy}")
-        if not usable:
-            self._next_epoch = 0
-            return 0
-        # The best one comes second even if it is further: callbacks may have changed the model after it was taken.
-        path, state, arrays = max(usable, key=lambda file: (file[0].name == self.saved_path.name, file[1]["epoch"]))
-        if not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
-        model.load_weights(path)
-        for kind, variables in (("optimizer", model.optimizer.variables), ("seeds", self._seeds())):
-            for index, variable in enumerate(variables):
-                variable.assign(arrays[f"{kind}/{index}"])
-        self._restored = model, state, arrays
-        self._records.update((record["epoch"], record["logs"]) for record in state["records"])
-        self._next_epoch, self.best, self.best_epoch = state["next_epoch"], state["best"], state["best_epoch"]
-        if problems or path.name == self.best_path.name:
-            why = "" if problems else f"{self.saved_path} is missing. "
-            for bad, problem in problems.items():
-                aside = bad.replace(bad.with_name(f"{bad.stem}.unusable-{time.time_ns()}{bad.suffix}"))
-                why += f"{bad} cannot be used: {problem}\nIt was kept as {aside}. "
-            lost = f"Continuing from {path}, epoch {state['epoch'] + 1}; what was trained after it (if at all) is lost."
-            warnings.warn(f"{why}{lost}", stacklevel=2)
-        for copy in filter(Path.exists, self._files[::-2] if path.parent == self.copy_to else ()):  # bring them back
-            _write(self.directory / copy.name, copy.read_bytes())
-        if self.verbose:
-            done = "This training is complete" if state["finished"] else "Continuing"
-            best = "" if self.best is None else f", best {self.monitor} {self.best:.4f} in epoch {self.best_epoch + 1}"
-            print(f"{done} after epoch {state['epoch'] + 1}{best} [{self.directory}]", flush=True)
-        return self._next_epoch
 
-    def _read(self, path):
-        """State and arrays of a file of this training, from it alone, once every byte was found to be as written."""
-        most = 2**26 + 12 * sum(values.nbytes for values in _values(self.model.variables))
-        if path.stat().st_size > most:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes; a checkpoint of this model has at most {most:,}")
-        data = path.read_bytes()
-        at = data.find(_MARK) + len(_MARK)
-        digest = hashlib.sha256(data[:at] + b"0" * 64 + data[at + 64 :]).hexdigest().encode()
-        if _MARK not in data or data[at : at + 64] != digest:
-            raise ValueError("its checksum is missing or wrong: it is empty, cut short, damaged, or not one of ours")
-        arrays, links = {}, []
-        with h5py.File(io.BytesIO(data), "r") as file:
-            file.visititems_links(lambda *link: links.append(link))
-            for name, link in links:  # to every object in the file, following nothing to elsewhere
-                item = file[name] if isinstance(link, h5py.HardLink) else None
-                if isinstance(item, h5py.Dataset) and not item.is_virtual and not item.external:
-                    if item.dtype.hasobject or item.nbytes > len(data):
-                        raise ValueError(f"{name} claims shape {item.shape} of {item.dtype}, more than the file holds")
-                    if name.startswith(f"{_GROUP}/"):
-                        arrays[name.removeprefix(f"{_GROUP}/").removeprefix("arrays/")] = item[()]
-                elif not isinstance(item, h5py.Group):
-                    raise ValueError(f"{name} takes its data from elsewhere, which is not read")
-        state = json.loads(arrays.pop("state").tobytes())
-        if state["format"] != 1 or not _STATE <= state.keys():
-            raise ValueError(f"its format ({state['format']}) is unknown to this version of visual_callbacks.py")
-        saved, now = state["fingerprint"], self._fingerprint()
-        pairs = {name: (saved.get(name, "none"), now.get(name, "none")) for name in {**saved, **now}}
-        lines = [f"  {name}: saved {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
-        if lines:
-            more = [f"  and {len(lines) - 10} more"] * (len(lines) > 10)
-            raise ValueError("\n".join(["it belongs to another training:", *lines[:10], *more]))
-        return state, arrays
+def _threshold(model, scores):
+    """Above which one output means the second class: 0 for logits, 0.5 for probabilities."""
+    losses = keras.tree.flatten(model.loss)
+    from_logits = any(getattr(loss, "from_logits", False) for loss in losses)
+    outside = scores.min() < 0 or scores.max() > 1
+    return 0.0 if from_logits or outside else 0.5
 
-    def _seeds(self):
-        """The states of the seed generators inside layers: variables that are not weights."""
-        weights = {id(variable) for variable in self.model.weights}
-        return [variable for variable in self.model.variables if id(variable) not in weights]
 
-    def _fingerprint(self):
-        """All that must be the same for a resumed training to equal an uninterrupted one, each value by its path."""
-        # Layers go by their position, as generated names differ in a model built again. Keys ("activation":) do not.
-        names = {f'"{layer.name}"': f'"layer {i}"' for i, layer in enumerate(_all_layers(self.model))}
-        architecture = re.sub(r'"[^"\\]*":?', lambda m: names.get(m[0], m[0]), self.model.to_json())
-        kinds = {"callbacks": [type(c).__name__ for c in self.callbacks], "model": json.loads(architecture)}
-        kinds |= {n: keras.saving.serialize_keras_object(getattr(self.model, n)) for n in ("loss", "optimizer")}
-        kinds["monitor"] = f"{self.monitor} ({'max' if self._maximise else 'min'})"
-        return {f"settings.{name}": value for name, value in self.settings.items()} | dict(_flat(_plain(kinds)))
+# The checkpoint file --------------------------------------------------------------------------------------------------
+# One HDF5 file that plain Keras opens, with a group of our own for what Keras leaves out:
+#
+#   model_weights, attributes       what `model.save` writes
+#   resumable_checkpoint
+#     state                         JSON: epoch, record, best value, counters, random states, fingerprint
+#     arrays/optimizer/0 ...        the optimizer's variables
+#     arrays/seeds/0 ...            the states of layers that draw at random
+#     arrays/callbacks/0/0 ...      the best weights that the first of the callbacks keeps (EarlyStopping)
+#     sha256                        a checksum of the whole file, see `_add_checksum`
 
-    def on_train_begin(self, logs=None):
-        if self._restored and self._restored[0] is not self.model:
-            raise ValueError("restore(model) was called with another model than the one that is now being trained")
-        kept = _random_state()
-        try:
-            self._keras_part(load_again=True)
-        except OSError as error:
-            warnings.warn(f"Could not try out whether this model can be saved: {error}")
-        except Exception as error:  # whatever Keras raises is the reason to pass on
-            remedy = "Build it as a Sequential or Functional model, from layers only."
-            raise ValueError(f"model: HDF5 cannot hold {self.model.name!r}. {remedy} Keras says: {error}") from error
-        finally:
-            _random_state(kept)  # loading made a model, whose weights were drawn at random
-        self._began = self._failure = self._best_model = self._best_file = None
-        if self._restored:
-            names = dict.fromkeys(name for logs in self._records.values() for name in logs)
-            self.model.history.history = {n: [logs[n] for logs in self._records.values() if n in logs] for n in names}
-        with contextlib.suppress(ValueError):  # only the main thread may handle signals
-            if getattr(signal.getsignal(signal.SIGINT), "__name__", "") in ("default_int_handler", "_interrupt"):
-                signal.signal(signal.SIGINT, self._interrupt)
+SAVED, BEST = "saved_model.hdf5", "best_model.hdf5"
+_GROUP = "resumable_checkpoint"
+_MARK = b"SHA-256 of this file, with zeros for the 64 digits that follow: "
+_STATE = {"epoch", "next_epoch", "finished", "counters", "best", "best_epoch", "records", "random", "fingerprint"}
 
-    def on_epoch_begin(self, epoch, logs=None):
-        super().on_epoch_begin(epoch, logs)
-        if self._began:
-            return self._save()
-        # Before the first epoch of this `fit`: by now every other callback has reset itself.
-        if epoch != self._next_epoch and any(map(Path.exists, self._files)):
-            remedy = "To continue it, use fit(..., initial_epoch=checkpoint.restore(model)); else, another directory."
-            raise ValueError(f"fit began at epoch {epoch}, but {self.directory} holds a training unlike that. {remedy}")
-        self._began, self._next_epoch = True, epoch
-        if self._restored:
-            _, state, arrays = self._restored
-            self.model.history.epoch = list(self._records)
-            for index, (callback, counters) in enumerate(zip(self.callbacks, state["counters"])):
-                if isinstance(count := counters.get("best_weights"), int):
-                    counters["best_weights"] = [arrays[f"callbacks/{index}/{i}"] for i in range(count)]
-                vars(callback).update(counters)
-            _random_state(state["random"])
-            self._restored = None  # from here on, the live objects are ahead of it
 
-    def on_epoch_end(self, epoch, logs=None):
-        super().on_epoch_end(epoch, logs)
-        logs = logs or {}
-        # An epoch without validation may lack it; one that validated may not.
-        due = not self.monitor.startswith("val_") or any(name.startswith("val_") for name in logs)
-        if due and self.monitor not in logs:
-            raise ValueError(f"monitor: {self.monitor!r} was not logged, only {', '.join(logs)}")
-        value = _number(logs.get(self.monitor))
-        if np.isfinite(value) and (self.best is None or (value > self.best if self._maximise else value < self.best)):
-            self.best, self.best_epoch = value, epoch
-            self._best_model = self._keras_part()  # now, as averaged weights (EMA) replace these at the very end
+class _Checkpoint(NamedTuple):
+    """A checkpoint file that was read and found to be whole and of this training."""
 
-    def on_train_end(self, logs=None):
-        if not self._began:  # nothing was left to train
-            self.model.history.epoch = list(self._records)
-            return
-        for callback in self.callbacks:  # what EarlyStopping does in its own on_train_end, which may come after ours
-            if getattr(callback, "restore_best_weights", False) and callback.best_weights is not None:
-                self.model.set_weights(callback.best_weights)
-        self._save(finished=self.params["epochs"])
-        if self.best is None:
-            warnings.warn(f"{self.monitor} was never logged as a finite number, so there is no {self.best_path}")
-        if self._failure:
-            warnings.warn(f"Training ended, but nothing after epoch {self._next_epoch} is saved: {self._failure}")
-        if self.copy_to:
-            try:
-                self._pool.submit(self._copy).result(timeout=self._patience)
-            except OSError as error:  # a timeout is one, too
-                warnings.warn(f"Training ended, but its end is not in {self.copy_to}: {error!r}")
-        self._began = None
-
-    def _save(self, finished=None):
-        epoch, model = max(self._records), self.model
-        values = [np.array(_number(self._records[epoch].get("loss", 0.0))), *_values(model.weights)]
-        numbers = zip(["its loss", *(variable.path for variable in model.weights)], values)
-        bad = [name for name, values in numbers if values.dtype.kind == "f" and not np.isfinite(values).all()]
-        if bad:
-            again = "An exact resume will meet the same again: lower the learning rate."
-            warnings.warn(f"Nothing after epoch {self._next_epoch} is saved, as {bad[0]} is nan or infinite. {again}")
-            return
-        arrays = {f"optimizer/{i}": v for i, v in enumerate(_values(model.optimizer.variables))}
-        arrays |= {f"seeds/{i}": v for i, v in enumerate(_values(self._seeds()))}
-        counters = [{name: getattr(c, name) for name in _COUNTERS if hasattr(c, name)} for c in self.callbacks]
-        for index, values in enumerate(counters):
-            if values.get("best_weights") is not None:
-                arrays |= {f"callbacks/{index}/{i}": v for i, v in enumerate(values["best_weights"])}
-                values["best_weights"] = len(values["best_weights"])
-        state = {"epoch": epoch, "next_epoch": finished or epoch + 1, "finished": bool(finished), "format": 1}
-        state |= {"best": self.best, "best_epoch": self.best_epoch, "counters": counters, "random": _random_state()}
-        state["records"] = [{"epoch": past, "logs": logs} for past, logs in self._records.items()]
-        state["fingerprint"] = self._fingerprint()
-        try:
-            if self._best_model is not None:
-                self._best_file, self._best_model = _with_state(self._best_model, state, arrays), None
-            # The best one first: were it second, a stop in between would leave a state that takes it for written.
-            if self._best_file is not None:
-                _write(self.best_path, self._best_file)
-                self._best_file = None  # only now, so that a failed save of it is made up for later
-            _write(self.saved_path, _with_state(self._keras_part(), state, arrays))
-        except OSError as error:
-            if not self._failure:
-                warnings.warn(f"Could not save epoch {epoch + 1}: {error}. Training goes on; each epoch tries again.")
-            self._failure = str(error)
-            return
-        if self._failure:
-            print(f"Saving works again: epoch {epoch + 1} is in {self.saved_path}.", flush=True)
-        self._failure, self._next_epoch = None, state["next_epoch"]
-        if self.copy_to and (self._copying is None or self._copying.done()):  # a slow Drive gets what is newest then
-            if self._copying and (error := self._copying.exception()):
-                warnings.warn(f"Could not copy to {self.copy_to}: {error}. Training goes on; each epoch tries again.")
-            self._copying = self._pool.submit(self._copy)
-
-    def _keras_part(self, load_again=False):
-        """The bytes of the HDF5 file that `model.save` writes; with `load_again`, only if Keras can load it again."""
-        logger, quiet = logging.getLogger("absl"), lambda record: "HDF5" not in record.getMessage()
-        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as afterwards:
-            logger.addFilter(quiet)
-            afterwards.callback(logger.removeFilter, quiet)  # Keras calls HDF5 a legacy format at each save
-            path = Path(folder, "model.hdf5")
-            self.model.save(path, include_optimizer=False)  # else Keras strips it from the live model's compile config
-            if load_again:
-                own = {type(layer).__name__: type(layer) for layer in _all_layers(self.model)}
-                keras.models.load_model(path, custom_objects=own, compile=False, safe_mode=False)
-            return path.read_bytes()
-
-    def _copy(self):
-        # Read in the opposite order of writing: the copy of the best one may be newer than the other, but not older.
-        files = [(path.name, path.read_bytes()) for path in (self.saved_path, self.best_path) if path.exists()]
-        for name, data in reversed(files):
-            target = self.copy_to / name
-            if not (target.exists() and target.read_bytes() == data):
-                _write(target, data)
-
-    def _interrupt(self, number, frame):
-        """Says at Ctrl-C (or Jupyter's Stop) where training will continue: Keras calls no callback then."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._began:
-            print(f"\nStopped. Run again to continue with epoch {self._next_epoch + 1}. [{self.directory}]", flush=True)
-        stop = KeyboardInterrupt()
-        stop._render_traceback_ = lambda: ["KeyboardInterrupt"]  # all that IPython shows: nothing is broken
-        raise stop
+    path: Path
+    state: dict
+    arrays: dict  # by their names below `arrays`
 
 
 def _plain(value):
@@ -636,48 +729,100 @@ def _plain(value):
 
 
 def _all_layers(model):
-    return [found for layer in getattr(model, "layers", ()) for found in (layer, *_all_layers(layer))]
+    """The layers of a model, and those inside its layers."""
+    found = []
+    for layer in getattr(model, "layers", ()):
+        found.append(layer)
+        found.extend(_all_layers(layer))
+    return found
 
 
-def _flat(value, path=""):
-    """Pairs of path and value of plain data, without what is generated and the current learning rate."""
-    if value and isinstance(value, (dict, list)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            if key not in _GENERATED:
-                yield from _flat(item, f"{path}.{key}" if isinstance(value, dict) else f"{path}[{key}]")
-    elif not (path.endswith(".learning_rate") and isinstance(value, (int, float))):
-        yield path.strip("."), value
+def _keras_file(model, load_again=False):
+    """The bytes of the file that `model.save` writes; with `load_again`, only if Keras can load it again."""
+    logger = logging.getLogger("absl")
+
+    def quiet(record):
+        return "HDF5" not in record.getMessage()  # which Keras calls a legacy format at each save
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.hdf5")
+        logger.addFilter(quiet)
+        try:
+            model.save(path, include_optimizer=False)  # else Keras strips it from the live model's compile config
+            if load_again:
+                own = {type(layer).__name__: type(layer) for layer in _all_layers(model)}
+                keras.models.load_model(path, custom_objects=own, compile=False, safe_mode=False)
+        finally:
+            logger.removeFilter(quiet)
+        return path.read_bytes()
 
 
-def _values(variables):
-    return [np.asarray(keras.ops.convert_to_numpy(variable)) for variable in variables]
-
-
-def _random_state(state=None):
-    """The global random states of Python, NumPy and PyTorch as plain data; with `state`, sets them to it first."""
-    if state:
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        np.random.set_state(state["numpy"])
-        if torch and state.get("torch"):
-            cpu, *devices = (torch.tensor(values, dtype=torch.uint8) for values in state["torch"])
-            torch.set_rng_state(cpu)
-            torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
-    states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()] if torch else []
-    return _plain({"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": states})
-
-
-def _with_state(keras_part, state, arrays):
-    """The bytes of a Keras HDF5 file with our group added, and in it a SHA-256 of the result."""
-    buffer = io.BytesIO(keras_part)
+def _pack(keras_file, state, arrays):
+    """The bytes of a checkpoint: Keras's file with our group added."""
+    buffer = io.BytesIO(keras_file)
     with h5py.File(buffer, "r+") as file:
-        file[f"{_GROUP}/state"] = np.frombuffer(json.dumps(_plain(state)).encode(), np.uint8)  # attributes end at 64 KB
+        text = json.dumps(_plain(state)).encode()
+        file[f"{_GROUP}/state"] = np.frombuffer(text, np.uint8)  # an attribute could hold 64 KB at most
         for name, values in arrays.items():
             file[f"{_GROUP}/arrays/{name}"] = values
         file[f"{_GROUP}/sha256"] = np.frombuffer(_MARK + b"0" * 64, np.uint8)
-    data = buffer.getvalue()
-    at = data.index(_MARK) + len(_MARK)
-    return data[:at] + hashlib.sha256(data).hexdigest().encode() + data[at + 64 :]
+    return _add_checksum(buffer.getvalue())
+
+
+def _add_checksum(data):
+    """Writes the SHA-256 of a file into that file: it is taken while zeros stand in its place, after `_MARK`."""
+    start = data.index(_MARK) + len(_MARK)
+    digest = hashlib.sha256(data).hexdigest().encode()
+    return data[:start] + digest + data[start + 64 :]
+
+
+def _check_checksum(data):
+    start = data.find(_MARK) + len(_MARK)
+    with_zeros = data[:start] + b"0" * 64 + data[start + 64 :]
+    digest = hashlib.sha256(with_zeros).hexdigest().encode()
+    if _MARK not in data or data[start : start + 64] != digest:
+        raise ValueError("its checksum is missing or wrong: it is empty, cut short, damaged, or not one of ours")
+
+
+def _vetted_datasets(file, most_bytes):
+    """All datasets of a file by name. Raises ValueError if anything in it leads elsewhere or claims absurd sizes.
+
+    A file from a stranger may hold links to other files, or an array of terabytes that takes no room in the file.
+    """
+    links = []
+    file.visititems_links(lambda name, link: links.append((name, link)))  # visits, but follows none
+    datasets = {}
+    for name, link in links:
+        item = file[name] if isinstance(link, h5py.HardLink) else None
+        if isinstance(item, h5py.Group):
+            continue
+        if not isinstance(item, h5py.Dataset) or item.is_virtual or item.external:
+            raise ValueError(f"{name} takes its data from elsewhere, which is not read")
+        if item.dtype.hasobject or item.nbytes > most_bytes:
+            raise ValueError(f"{name} claims shape {item.shape} of {item.dtype}, more than the file holds")
+        datasets[name] = item
+    return datasets
+
+
+def _unpack(path, most_bytes):
+    """Reads a checkpoint, from this file alone, once every byte was found to be as written.
+
+    Raises:
+        ValueError: it is too large, damaged, hostile, or of a format that this version does not know.
+    """
+    size = path.stat().st_size
+    if size > most_bytes:
+        raise ValueError(f"it has {size:,} bytes; a checkpoint of this model has at most {most_bytes:,}")
+    data = path.read_bytes()
+    _check_checksum(data)
+    with h5py.File(io.BytesIO(data), "r") as file:
+        datasets = _vetted_datasets(file, len(data))
+        state = json.loads(datasets[f"{_GROUP}/state"][()].tobytes())
+        start = f"{_GROUP}/arrays/"
+        arrays = {name.removeprefix(start): datasets[name][()] for name in datasets if name.startswith(start)}
+    if state["format"] != 1 or not _STATE <= state.keys():
+        raise ValueError(f"its format ({state['format']}) is unknown to this version of visual_callbacks.py")
+    return _Checkpoint(path, state, arrays)
 
 
 def _write(path, data):
@@ -697,3 +842,590 @@ def _write(path, data):
             os.close(folder)
     finally:
         partial.unlink(missing_ok=True)  # after a failure; else it was renamed
+
+
+# What must match ------------------------------------------------------------------------------------------------------
+# The fingerprint of a training: all that must be the same for a resumed training to equal an uninterrupted one.
+
+# Parts of a config that are generated, restored apart (seeds), or that depend on the version or the backend.
+_LEFT_OUT = {"name", "seed", "shared_object_id", "build_config", "compile_config", "keras_version", "backend"}
+_LEFT_OUT |= {"module", "registered_name"}
+# Where the config of a model refers to its layers by name.
+_REFERENCES = {"keras_history", "input_layers", "output_layers"}
+
+
+def _by_position(value, positions, is_reference=False):
+    """A model's config with its layers called by their position: generated names differ in a model built again."""
+    if isinstance(value, dict):
+        return {key: _by_position(item, positions, is_reference or key in _REFERENCES) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_by_position(item, positions, is_reference) for item in value]
+    if is_reference and isinstance(value, str):
+        return positions.get(value, value)
+    return value
+
+
+def _flat(value, path=""):
+    """Pairs of path and value of plain data, without what is left out and the current learning rate."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            if key not in _LEFT_OUT:
+                yield from _flat(item, f"{path}.{key}")
+    elif isinstance(value, list) and value:
+        for index, item in enumerate(value):
+            yield from _flat(item, f"{path}[{index}]")
+    elif not (path.endswith(".learning_rate") and isinstance(value, (int, float))):
+        yield path.strip("."), value
+
+
+def _fingerprint(model, callbacks, monitor, settings):
+    """The values that must match, each by its path."""
+    positions = {layer.name: f"layer {index}" for index, layer in enumerate(_all_layers(model))}
+    parts = {
+        "callbacks": [type(callback).__name__ for callback in callbacks],
+        "model": _by_position(json.loads(model.to_json()), positions),
+        "loss": keras.saving.serialize_keras_object(model.loss),
+        "optimizer": keras.saving.serialize_keras_object(model.optimizer),
+        "monitor": monitor,
+    }
+    named = {f"settings.{name}": value for name, value in settings.items()}
+    return named | dict(_flat(_plain(parts)))
+
+
+def _check_match(saved, now):
+    """Raises ValueError with the first ten differences between two fingerprints."""
+    differences = []
+    for name in {**saved, **now}:
+        old, new = saved.get(name, "none"), now.get(name, "none")
+        if old != new:
+            differences.append(f"  {name}: saved {old!r}, now {new!r}")
+    if differences:
+        listed = differences[:10]
+        if len(differences) > 10:
+            listed.append(f"  and {len(differences) - 10} more")
+        raise ValueError("\n".join(["it belongs to another training:", *listed]))
+
+
+# What else a training consists of -------------------------------------------------------------------------------------
+# The state outside the model's weights: seeds, counters of other callbacks, global random states. Taken and put back.
+
+torch = sys.modules["torch"] if keras.backend.backend() == "torch" else None
+# What Keras's callbacks count and compare from epoch to epoch. `min_delta` is left alone: Keras changes its sign later.
+_COUNTERS = ("best", "wait", "cooldown_counter", "best_epoch", "stopped_epoch", "best_weights")
+
+
+def _seeds(model):
+    """The states of the seed generators inside layers: variables that are not weights."""
+    weights = {id(variable) for variable in model.weights}
+    return [variable for variable in model.variables if id(variable) not in weights]
+
+
+def _counters(callbacks):
+    """The counters of these callbacks as a list of dicts, and the arrays among them by name.
+
+    `best_weights`, a list of arrays, becomes their number in the dict.
+    """
+    counters, arrays = [], {}
+    for index, callback in enumerate(callbacks):
+        values = {name: getattr(callback, name) for name in _COUNTERS if hasattr(callback, name)}
+        best_weights = values.get("best_weights")
+        if best_weights is not None:
+            values["best_weights"] = len(best_weights)
+            arrays |= {f"callbacks/{index}/{i}": weights for i, weights in enumerate(best_weights)}
+        counters.append(values)
+    return counters, arrays
+
+
+def _set_counters(callbacks, counters, arrays):
+    """Puts back what `_counters` took."""
+    for index, (callback, values) in enumerate(zip(callbacks, counters)):
+        values = dict(values)
+        count = values.get("best_weights")
+        if count is not None:
+            values["best_weights"] = [arrays[f"callbacks/{index}/{i}"] for i in range(count)]
+        vars(callback).update(values)
+
+
+def _random_state():
+    """The global random states of Python, NumPy and PyTorch as plain data."""
+    states = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": []}
+    if torch:
+        states["torch"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    return _plain(states)
+
+
+def _set_random_state(states):
+    """Puts back what `_random_state` took."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(states["numpy"])
+    if torch and states.get("torch"):
+        cpu, *devices = (torch.tensor(values, dtype=torch.uint8) for values in states["torch"])
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
+
+
+# Copies in the background ---------------------------------------------------------------------------------------------
+# Copies of both files in a second directory, on a mounted Drive, say: slow, full or gone, it holds up no training.
+
+COPY_PATIENCE = 300  # seconds that the end of a training waits for its copy
+
+
+class _Copier:
+    """Copies the two files from one directory to another in a thread, one copying at a time."""
+
+    def __init__(self, source, target):
+        self._source = source
+        self._target = target
+        self._thread = None
+        self._error = None  # of the last copying
+
+    def start(self):
+        """Begins to copy, unless the last copying goes on: then the next call copies what is newest by that time."""
+        if self._thread is not None and self._thread.is_alive():
+            return
+        if self._error is not None:
+            warnings.warn(f"Could not copy to {self._target}: {self._error}. Training goes on; each epoch tries again.")
+        self._run(None)
+
+    def finish(self):
+        """Copies what is newest. Raises OSError if that fails or takes longer than COPY_PATIENCE (a TimeoutError)."""
+        self._run(self._thread)
+        self._thread.join(COPY_PATIENCE)
+        if self._thread.is_alive():
+            raise TimeoutError(f"it did not answer for {COPY_PATIENCE} s")
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, earlier):
+        # A daemon, as the end of the program must not wait for a Drive that never answers.
+        self._thread = threading.Thread(target=self._copy, args=(earlier,), daemon=True)
+        self._thread.start()
+
+    def _copy(self, earlier):
+        if earlier is not None:
+            earlier.join()
+        try:
+            # Read in the opposite order of writing: the copy of the best one may be newer than the other, never older.
+            files = [self._source / name for name in (SAVED, BEST)]
+            contents = [(path.name, path.read_bytes()) for path in files if path.exists()]
+            for name, data in reversed(contents):
+                copy = self._target / name
+                if not copy.exists() or copy.read_bytes() != data:
+                    _write(copy, data)
+            self._error = None
+        except OSError as error:
+            self._error = error
+
+
+# ResumableCheckpoint --------------------------------------------------------------------------------------------------
+# When to save, what to go back to, and what to say, in the order of a training's life.
+
+
+class _InterruptHandler:
+    """What happens at Ctrl-C, or Jupyter's Stop, during training: it is said where training will continue.
+
+    Keras calls no callback then. The checkpoint is known by a weak reference, so that its model can be freed.
+    """
+
+    def __init__(self, checkpoint):
+        self._checkpoint = weakref.ref(checkpoint)
+
+    def __call__(self, number, frame):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        checkpoint = self._checkpoint()
+        if checkpoint is not None:
+            checkpoint._say_where_it_stopped()
+        stop = KeyboardInterrupt()
+        stop._render_traceback_ = lambda: ["KeyboardInterrupt"]  # all that IPython shows: nothing is broken
+        raise stop
+
+    def install(self):
+        """Takes the place of Python's own handler or of an earlier training's; leaves any other alone."""
+        present = signal.getsignal(signal.SIGINT)
+        if present is signal.default_int_handler or isinstance(present, _InterruptHandler):
+            with contextlib.suppress(ValueError):  # only the main thread may handle signals
+                signal.signal(signal.SIGINT, self)
+
+
+class ResumableCheckpoint(_Recorder):
+    """Saves a training after every epoch so exactly that continuing it equals never having stopped.
+
+    `saved_model.hdf5` is renewed after every epoch, `best_model.hdf5` when the monitored value improves. Plain Keras
+    opens both, by `load_weights` or `load_model`, which returns an uncompiled model: a group of our own holds the
+    optimizer, seed states of layers, epoch, history, best value, counters of `callbacks`, the global random states of
+    Python, NumPy and PyTorch, and a SHA-256 of the whole file.
+
+    Keras keeps no state of its shuffling, so that data comes in the same order again is the caller's part: pass
+    `shuffle=False` and a `keras.utils.PyDataset` that derives order and augmentation from a seed and the epoch, which
+    a callback tells it in `on_epoch_begin`. Its `workers` must be 1: more read ahead, before the epoch has begun, and
+    give it the order of the epoch before (keras#23283).
+
+    Args:
+        directory: where the two files live, one directory a training; made if missing.
+        monitor: the logged value that `best_model.hdf5` goes by.
+        callbacks: the other callbacks of this `fit` whose counters are kept (EarlyStopping, ReduceLROnPlateau, ...).
+        settings: a dict of whatever else must be the same on resuming: batch size, seed, number of epochs, data.
+        mode: whether the smallest (`"min"`) or the largest (`"max"`) value is the best. `"auto"` goes by the last word
+            of a name that everyone knows (loss, error, accuracy, ...) and asks Keras about compiled metrics.
+        verbose: 1 says where training continues, 0 nothing; warnings are given in any case.
+        copy_to: a second directory (on Google Drive, say) for copies of both files, made in the background and compared
+            byte for byte. While it is slow, full or gone, training goes on. `restore` takes whichever file is further.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; during the first batch, `mode="auto"` does not know whether
+            less or more of `monitor` is better; after the first epoch, `monitor` was not logged.
+        FileNotFoundError: the parent of `copy_to` does not exist.
+    """
+
+    def __init__(self, directory, monitor="val_loss", callbacks=(), settings=None, mode="auto", verbose=1, copy_to=""):
+        super().__init__()
+        _expect(isinstance(monitor, str), "monitor", "the name of a logged value", monitor)
+        _expect(mode in ("auto", "min", "max"), "mode", '"auto", "min" or "max"', mode)
+        several = isinstance(callbacks, (list, tuple)) and all(hasattr(c, "on_epoch_end") for c in callbacks)
+        _expect(several, "callbacks", "a list of Keras callbacks", callbacks, TypeError)
+        try:
+            self.settings = _plain(dict(settings or {}))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"settings: expected a dict of numbers, strings and lists, got {settings!r}") from error
+        self.monitor = monitor
+        self.callbacks = list(callbacks)
+        self.verbose = verbose
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.saved_path = self.directory / SAVED
+        self.best_path = self.directory / BEST
+        self.copy_to = None
+        self._copier = None
+        if copy_to:
+            self.copy_to = Path(copy_to)
+            self.copy_to.mkdir(exist_ok=True)  # without its parents: where a Drive is not mounted, that is an error
+            self._copier = _Copier(self.directory, self.copy_to)
+        self.best = None  # value and epoch of the best one so far
+        self.best_epoch = None
+        self._mode = _direction(monitor) if mode == "auto" else mode  # None until Keras can be asked
+        if self._mode is None:
+            # Only then, as a callback that looks at batches makes Keras wait for each of them.
+            self.on_train_batch_end = self._ask_keras
+        self._restored = None  # the _Checkpoint to continue from, until training has begun
+        self._restored_model = None  # the model it was loaded into
+        self._next_epoch = None  # the epoch to continue with, were training to stop now
+        self._is_training = False
+        self._failure = None  # why the last save failed
+        self._best_weights = None  # the bytes of Keras's file of a best epoch, until it is over
+        self._best_file = None  # the bytes of a best file that could not be written yet
+
+    # Before training: back to where it stopped
+
+    def restore(self, model):
+        """Loads the saved state into a built and compiled model; returns the epoch to pass to `fit` as `initial_epoch`.
+
+        That is 0 where nothing is saved yet, and the last epoch of a `fit` that had finished: nothing more is trained.
+
+        Raises:
+            ValueError: the model is not compiled or not built; or model, optimizer, loss or settings differ from the
+                saved ones (the first ten differences are listed); or no file can be used. No file is changed then.
+        """
+        if not (getattr(model, "compiled", False) and model.built):
+            raise ValueError("model: compile it and build it (begin it with keras.Input(shape)) before restore(model)")
+        self._restored = None
+        self._next_epoch = None
+        self.best = None
+        self.best_epoch = None
+        self.set_model(model)
+        self._records.clear()
+        usable, problems = self._read_files()
+        if problems and not usable:
+            listed = "\n".join(f"{path}: {problem}" for path, problem in problems.items())
+            remedy = "To continue, undo the differences; to start anew, use another directory or move these files away."
+            raise ValueError(f"There is no state to continue from, and nothing was changed.\n{listed}\n{remedy}")
+        if not usable:
+            self._next_epoch = 0
+            return 0
+
+        # The best one comes second even if it is further: callbacks may have changed the model after it was taken.
+        saved = [file for file in usable if file.path.name == SAVED]
+        chosen = max(saved or usable, key=lambda file: file.state["epoch"])
+        self._put_back(chosen)
+        if problems or chosen.path.name == BEST:
+            self._set_aside(problems, chosen)
+        if chosen.path.parent == self.copy_to:
+            self._bring_copies_back()
+        if self.verbose:
+            self._say_where_it_continues(chosen.state)
+        return self._next_epoch
+
+    def _paths(self):
+        """Where files of this training may be: its directory, then the copies."""
+        folders = [self.directory]
+        if self.copy_to is not None:
+            folders.append(self.copy_to)
+        return [folder / name for name in (SAVED, BEST) for folder in folders]
+
+    def _read_files(self):
+        """The files that can be used as a list of _Checkpoint, and what is wrong with the others by path."""
+        most_bytes = 2**26 + 12 * sum(values.nbytes for values in _values(self.model.variables))
+        usable, problems = [], {}
+        for path in self._paths():
+            if not path.exists():
+                continue
+            try:
+                file = _unpack(path, most_bytes)
+                _check_match(file.state["fingerprint"], self._fingerprint(file.state["fingerprint"]))
+                usable.append(file)
+            except ValueError as error:
+                problems[path] = error
+            except Exception as error:  # whatever HDF5 raises is the reason to pass on
+                problems[path] = f"it cannot be used: {error!r}"
+        return usable, problems
+
+    def _fingerprint(self, saved=None):
+        """What must match. Before Keras can be asked about `mode`, a saved fingerprint tells how it was decided."""
+        mode = self._mode
+        if mode is None and saved is not None:
+            for decided in ("min", "max"):
+                if saved.get("monitor") == f"{self.monitor} ({decided})":
+                    mode = decided
+        return _fingerprint(self.model, self.callbacks, f"{self.monitor} ({mode})", self.settings)
+
+    def _put_back(self, chosen):
+        """Loads a checkpoint into model, optimizer and record. The rest has to wait until training begins."""
+        model, state = self.model, chosen.state
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        model.load_weights(chosen.path)
+        for kind, variables in (("optimizer", model.optimizer.variables), ("seeds", _seeds(model))):
+            for index, variable in enumerate(variables):
+                variable.assign(chosen.arrays[f"{kind}/{index}"])
+        self._records.update((record["epoch"], record["logs"]) for record in state["records"])
+        self._restored = chosen
+        self._restored_model = model
+        self._next_epoch = state["next_epoch"]
+        self.best = state["best"]
+        self.best_epoch = state["best_epoch"]
+        self._mode = "max" if state["fingerprint"]["monitor"].endswith("(max)") else "min"
+
+    def _set_aside(self, problems, chosen):
+        """Renames files that cannot be used, so that none is overwritten, and says what was lost with them."""
+        why = "" if problems else f"{self.saved_path} is missing. "
+        for path, problem in problems.items():
+            aside = path.replace(path.with_name(f"{path.stem}.unusable-{time.time_ns()}{path.suffix}"))
+            why += f"{path} cannot be used: {problem}\nIt was kept as {aside}. "
+        epoch = chosen.state["epoch"] + 1
+        lost = f"Continuing from {chosen.path}, epoch {epoch}; what was trained after it (if at all) is lost."
+        warnings.warn(f"{why}{lost}", stacklevel=3)
+
+    def _bring_copies_back(self):
+        for name in (BEST, SAVED):  # in the order in which a save writes them
+            copy = self.copy_to / name
+            if copy.exists():
+                _write(self.directory / name, copy.read_bytes())
+
+    def _say_where_it_continues(self, state):
+        said = "Continuing"
+        if state["finished"]:
+            said = "This training is complete"
+        said += f" after epoch {state['epoch'] + 1}"
+        if self._stopped_early(state):
+            said += f" (it was stopped early; to train on, pass initial_epoch={state['epoch'] + 1})"
+        if self.best is not None:
+            said += f", best {self.monitor} {self.best:.4f} in epoch {self.best_epoch + 1}"
+        print(f"{said} [{self.directory}]", flush=True)
+
+    @staticmethod
+    def _stopped_early(state):
+        return state["finished"] and state["next_epoch"] > state["epoch"] + 1
+
+    # During training: the epochs
+
+    def on_train_begin(self, logs=None):
+        if self._restored is not None and self._restored_model is not self.model:
+            raise ValueError("restore(model) was called with another model than the one that is now being trained")
+        self._check_data()
+        self._check_that_it_can_be_saved()
+        self._is_training = False
+        self._failure = None
+        self._best_weights = None
+        self._best_file = None
+        if self._restored is not None:
+            # What `fit` returns: Keras's History comes last and adds to the lists, but empties `epoch` when it begins.
+            # So that is filled in when the first epoch begins.
+            self.model.history.history = self._history()
+        _InterruptHandler(self).install()
+
+    def _check_data(self):
+        data = _arguments_of("fit", self.model).get("x")
+        if isinstance(data, keras.utils.PyDataset) and data.workers > 1:
+            warnings.warn(
+                f"The data's workers are {data.workers}: they read ahead, before on_epoch_begin. If a callback tells"
+                " the data its epoch, it comes in the wrong order, and a resume is not exact. Use workers=1."
+            )
+
+    def _check_that_it_can_be_saved(self):
+        kept = _random_state()
+        try:
+            _keras_file(self.model, load_again=True)
+        except OSError as error:
+            warnings.warn(f"Could not try out whether this model can be saved: {error}")
+        except Exception as error:  # whatever Keras raises is the reason to pass on
+            remedy = "Build it as a Sequential or Functional model, from layers only."
+            what = f"model: HDF5 cannot hold {self.model.name!r}. {remedy} Keras says: {error}"
+            raise ValueError(what) from error
+        finally:
+            _set_random_state(kept)  # loading made a model, whose weights were drawn at random
+
+    def _history(self):
+        """The record as Keras's History has it: a list of values by name, without the epochs that lack it."""
+        names = dict.fromkeys(name for logs in self._records.values() for name in logs)
+        return {name: [logs[name] for logs in self._records.values() if name in logs] for name in names}
+
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
+        # Epoch N is saved when epoch N+1 begins: only then have all callbacks, wherever they stand, finished epoch N.
+        if self._is_training:
+            self._save()
+            return
+        self._check_first_epoch(epoch)
+        self._is_training = True
+        self._next_epoch = epoch
+        if self._restored is not None:
+            # By now every other callback has reset itself in its own on_train_begin.
+            self.model.history.epoch = list(self._records)
+            _set_counters(self.callbacks, self._restored.state["counters"], self._restored.arrays)
+            _set_random_state(self._restored.state["random"])
+            self._restored = None  # from here on, the live objects are ahead of it
+            self._restored_model = None
+
+    def _check_first_epoch(self, epoch):
+        """Raises ValueError if `fit` begins anywhere but where `restore` said."""
+        if self._restored is not None and self._stopped_early(self._restored.state):
+            last = self._restored.state["epoch"]
+            if epoch != last + 1:
+                raise ValueError(
+                    f"This training was stopped early, after epoch {last + 1}. To train on from there, with more"
+                    f" epochs or another patience, use fit(..., initial_epoch={last + 1})."
+                )
+        elif epoch != self._next_epoch and any(path.exists() for path in self._paths()):
+            remedy = "To continue it, use fit(..., initial_epoch=checkpoint.restore(model)); else, another directory."
+            raise ValueError(f"fit began at epoch {epoch}, but {self.directory} holds a training unlike that. {remedy}")
+
+    def _ask_keras(self, batch, logs=None):
+        """Finds out whether less or more of a compiled metric is better: with the first batch, Keras has built it."""
+        if self._mode is None:
+            self._mode = _direction(self.monitor, self.model)
+        if self._mode is None:
+            raise ValueError(
+                f"monitor: nobody knows whether less or more of {self.monitor!r} is better. "
+                'Pass mode="min" or mode="max" to ResumableCheckpoint.'
+            )
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, logs)
+        logs = logs or {}
+        validated = any(name.startswith("val_") for name in logs)
+        may_lack_it = self.monitor.startswith("val_") and not validated  # with `validation_freq`
+        if self.monitor not in logs and not may_lack_it:
+            raise ValueError(f"monitor: {self.monitor!r} was not logged, only {', '.join(logs)}")
+        value = _number(logs.get(self.monitor))
+        if self._is_best(value):
+            self.best = value
+            self.best_epoch = epoch
+            self._best_weights = _keras_file(self.model)  # now, as averaged weights (EMA) replace these at the end
+
+    def _is_best(self, value):
+        if not math.isfinite(value):
+            return False
+        if self.best is None:
+            return True
+        return value > self.best if self._mode == "max" else value < self.best
+
+    # After training: the last save, and what is left to say
+
+    def on_train_end(self, logs=None):
+        if not self._is_training:  # nothing was left to train
+            self.model.history.epoch = list(self._records)
+            return
+        for callback in self.callbacks:  # what EarlyStopping does in its own on_train_end, which may come after ours
+            if getattr(callback, "restore_best_weights", False) and callback.best_weights is not None:
+                self.model.set_weights(callback.best_weights)
+        self._save(epochs_of_fit=self.params["epochs"])
+        if self.best is None:
+            warnings.warn(f"{self.monitor} was never logged as a finite number, so there is no {self.best_path}")
+        if self._failure:
+            warnings.warn(f"Training ended, but nothing after epoch {self._next_epoch} is saved: {self._failure}")
+        if self._copier is not None:
+            try:
+                self._copier.finish()
+            except OSError as error:  # a timeout is one, too
+                warnings.warn(f"Training ended, but its end is not in {self.copy_to}: {error!r}")
+        self._is_training = False
+
+    def _say_where_it_stopped(self):
+        if self._is_training:
+            print(f"\nStopped. Run again to continue with epoch {self._next_epoch + 1}. [{self.directory}]", flush=True)
+
+    # Saving
+
+    def _save(self, epochs_of_fit=None):
+        """Saves the last epoch. At the end of training, `epochs_of_fit` says where to continue: nothing is left."""
+        epoch = max(self._records)
+        broken = self._first_without_number(epoch)
+        if broken is not None:
+            again = "An exact resume will meet the same again: lower the learning rate."
+            warnings.warn(f"Nothing after epoch {self._next_epoch} is saved, as {broken} is nan or infinite. {again}")
+            return
+        state, arrays = self._state(epoch, epochs_of_fit)
+        try:
+            self._write_files(state, arrays)
+        except OSError as error:
+            if not self._failure:
+                warnings.warn(f"Could not save epoch {epoch + 1}: {error}. Training goes on; each epoch tries again.")
+            self._failure = str(error)
+            return
+        if self._failure:
+            print(f"Saving works again: epoch {epoch + 1} is in {self.saved_path}.", flush=True)
+        self._failure = None
+        self._next_epoch = state["next_epoch"]
+        if self._copier is not None:
+            self._copier.start()
+
+    def _first_without_number(self, epoch):
+        """The name of the first weight that is not finite, or of the loss; None where all are."""
+        if not math.isfinite(_number(self._records[epoch].get("loss", 0.0))):
+            return "its loss"
+        for variable, values in zip(self.model.weights, _values(self.model.weights)):
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                return variable.path
+        return None
+
+    def _state(self, epoch, epochs_of_fit):
+        """All that is saved beside Keras's part: plain data, and arrays by name."""
+        counters, kept_by_callbacks = _counters(self.callbacks)
+        optimizer = _values(self.model.optimizer.variables)
+        seeds = _values(_seeds(self.model))
+        arrays = {f"optimizer/{index}": values for index, values in enumerate(optimizer)}
+        arrays |= {f"seeds/{index}": values for index, values in enumerate(seeds)}
+        arrays |= kept_by_callbacks
+        state = {
+            "epoch": epoch,
+            "next_epoch": epochs_of_fit or epoch + 1,
+            "finished": epochs_of_fit is not None,
+            "format": 1,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "counters": counters,
+            "random": _random_state(),
+            "records": [{"epoch": past, "logs": logs} for past, logs in self._records.items()],
+            "fingerprint": self._fingerprint(),
+        }
+        return state, arrays
+
+    def _write_files(self, state, arrays):
+        # The best one first: were it second, a stop in between would leave a state that takes it for written.
+        if self._best_weights is not None:
+            self._best_file = _pack(self._best_weights, state, arrays)
+            self._best_weights = None
+        if self._best_file is not None:
+            _write(self.best_path, self._best_file)
+            self._best_file = None  # only now, so that a failed save of it is made up for later
+        _write(self.saved_path, _pack(_keras_file(self.model), state, arrays))

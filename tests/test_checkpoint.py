@@ -178,7 +178,7 @@ def test_a_finished_training_trains_nothing_and_shows_its_curves(capsys):
     model, again, checkpoint = train("sgd", "run", extra=[plotter])
     assert again.history == history.history and again.epoch == history.epoch
     assert "This training is complete after epoch 6, best val_loss" in capsys.readouterr().out
-    assert list(plotter._figure.axes[1].lines[0].get_ydata()) == history.history["loss"]
+    assert list(plotter.figure.axes[1].lines[0].get_ydata()) == history.history["loss"]
     assert Path("run", SAVED).read_bytes() == before
 
 
@@ -199,7 +199,7 @@ def test_the_curve_continues_with_its_seam():
     interrupt("sgd", "run", 3)
     plotter = AccLossPlotter(verbose=0)
     _, history, _ = train("sgd", "run", extra=[plotter])
-    training_line, _, _, seam, *_ = plotter._figure.axes[1].lines
+    training_line, _, _, seam, *_ = plotter.figure.axes[1].lines
     assert list(training_line.get_ydata()) == history.history["loss"] and len(history.epoch) == EPOCHS
     assert seam.get_xdata()[0] == 3.5 and seam.get_label() == "resumed after epoch 3"
 

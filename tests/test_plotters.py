@@ -66,7 +66,7 @@ def test_the_curves_are_what_keras_recorded(data, build):
     x, y = data
     plotter = AccLossPlotter(verbose=0)
     history = fit(build(), x, np.eye(3)[y], [plotter], epochs=4)
-    figure = plotter._figure
+    figure = plotter.figure
     assert curve(figure, 0, "training") == ([1, 2, 3, 4], history.history["accuracy"])
     assert curve(figure, 0, "validation") == ([1, 2, 3, 4], history.history["val_accuracy"])
     assert curve(figure, 1, "training") == ([1, 2, 3, 4], history.history["loss"])
@@ -79,14 +79,14 @@ def test_epochs_without_validation_are_left_out_of_its_curve(data, build):
     x, y = data
     plotter = AccLossPlotter(verbose=0)
     fit(build(), x, np.eye(3)[y], [plotter], epochs=5, validation_freq=2)
-    assert curve(plotter._figure, 1, "validation")[0] == [2, 4]
+    assert curve(plotter.figure, 1, "validation")[0] == [2, 4]
 
 
 def test_without_validation_data_the_training_curve_is_marked(data, build):
     x, y = data
     plotter = AccLossPlotter(verbose=0)
     history = fit(build(), x, np.eye(3)[y], [plotter, ConfusionMatrixPlotter(x, y, CLASSES)], validation=False)
-    axes = plotter._figure.axes[1]
+    axes = plotter.figure.axes[1]
     best = min(history.history["loss"])
     assert key(axes) == ["training", f"best {best:.4g}, epoch {np.argmin(history.history['loss']) + 1}"]
 
@@ -109,10 +109,10 @@ def test_the_seam_of_a_resumed_training_is_marked(data, build):
     plotter, model = AccLossPlotter(verbose=0), build()
     fit(model, x, np.eye(3)[y], [plotter], epochs=2)
     fit(model, x, np.eye(3)[y], [plotter], epochs=4, initial_epoch=2)
-    assert curve(plotter._figure, 1, "training")[0] == [1, 2, 3, 4]
-    assert curve(plotter._figure, 1, "resumed after epoch 2")[0] == [2.5, 2.5]
+    assert curve(plotter.figure, 1, "training")[0] == [1, 2, 3, 4]
+    assert curve(plotter.figure, 1, "resumed after epoch 2")[0] == [2.5, 2.5]
     fit(model, x, np.eye(3)[y], [plotter], epochs=2)  # from the start again: the old curve is gone
-    assert curve(plotter._figure, 1, "training")[0] == [1, 2]
+    assert curve(plotter.figure, 1, "training")[0] == [1, 2]
 
 
 def curves(epochs):
@@ -169,7 +169,7 @@ def test_each_plotter_keeps_its_one_figure(data, build):
     plotters = [AccLossPlotter(verbose=0), ConfusionMatrixPlotter(x, y, CLASSES)]
     figures = [set(), set()]
     for plotter, seen in zip(plotters, figures):
-        plotter._show = lambda figure, show=plotter._show, seen=seen: (seen.add(id(figure)), show(figure))
+        plotter._display.show = lambda figure, seen=seen: seen.add(id(figure))
     fit(build(), x, np.eye(3)[y], plotters, epochs=3)
     assert [len(seen) for seen in figures] == [1, 1]
 
@@ -178,11 +178,12 @@ class Titles(list):
     """What stands above the curves at each redraw of a plotter, on a clock that a test can move."""
 
     def __init__(self, plotter, monkeypatch):
-        self.now, self.last_x, show = 0.0, [], plotter._show
+        self.now, self.last_x = 0.0, []
         monkeypatch.setattr(visual_callbacks, "time", SimpleNamespace(monotonic=lambda: self.now))
-        plotter._show = lambda figure: (self.append(figure.texts[0].get_text()), self.note(figure), show(figure))
+        monkeypatch.setattr(plotter._display, "show", self.note)
 
     def note(self, figure):
+        self.append(figure.texts[0].get_text())
         self.last_x += [float(x[-1]) for line in figure.axes[1].lines[:1] if len(x := line.get_xdata())]
 
     def slow_batches(self, seconds):
@@ -238,8 +239,8 @@ def test_any_logged_metric_gets_a_panel_on_request(data, build):
     model = build(metrics=[keras.metrics.OneHotMeanIoU(3, name="mean_io_u"), keras.metrics.Recall(name="recall")])
     history = fit(model, data[0], np.eye(3)[data[1]], [plotter], epochs=3)
     for panel, name in enumerate(("loss", "mean_io_u", "recall")):
-        assert plotter._figure.axes[panel].get_ylabel() == name
-        assert curve(plotter._figure, panel, "validation")[1] == history.history[f"val_{name}"]
+        assert plotter.figure.axes[panel].get_ylabel() == name
+        assert curve(plotter.figure, panel, "validation")[1] == history.history[f"val_{name}"]
 
 
 def test_text_stays_inside_the_picture_and_apart():
@@ -321,8 +322,7 @@ def test_a_confusion_matrix_shows_counts_shares_and_recall():
 def test_every_n_epochs_and_the_last(data, build):
     x, y = data
     plotter, drawn = ConfusionMatrixPlotter(x, y, CLASSES, every=2), []
-    show = plotter._show
-    plotter._show = lambda figure: (drawn.append(figure.axes[0].get_title()), show(figure))
+    plotter._display.show = lambda figure: drawn.append(figure.axes[0].get_title())
     fit(build(), x, np.eye(3)[y], [plotter], epochs=5)
     assert drawn == ["Confusion Matrix · " + when for when in ("starting", "epoch 2", "epoch 4", "epoch 5")]
 
@@ -337,7 +337,7 @@ def test_a_resumed_training_begins_with_the_matrix_of_where_it_stands(data, buil
 
     for _ in range(2):
         model, plotter = build(), ConfusionMatrixPlotter(x, y, CLASSES)
-        plotter._show, checkpoint = show, ResumableCheckpoint(tmp_path, monitor="loss")
+        plotter._display.show, checkpoint = show, ResumableCheckpoint(tmp_path, monitor="loss")
         initial_epoch = checkpoint.restore(model)
         fit(model, x, np.eye(3)[y], [plotter, checkpoint], epochs=initial_epoch + 2, initial_epoch=initial_epoch)
     assert [when for when, _ in shown] == ["starting", "epoch 1", "epoch 2", "epoch 2", "epoch 3", "epoch 4"]
