@@ -398,6 +398,12 @@ class _Recorder(keras.callbacks.Callback):
         self._records[epoch] = {} if logs is None else logs  # no copy: callbacks later in the list add to it
 
 
+def _as_history(records):
+    """A record as Keras's History has it: lists of values by name, without the epochs that lack one."""
+    names = dict.fromkeys(name for logs in records.values() for name in logs)
+    return {name: [logs[name] for logs in records.values() if name in logs] for name in names}
+
+
 # The plotters ---------------------------------------------------------------------------------------------------------
 # When to draw, and what: one picture each. Nothing that goes wrong in them ends a training.
 
@@ -965,57 +971,140 @@ def _set_random_state(states):
         torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
 
 
-# Copies in the background ---------------------------------------------------------------------------------------------
-# Copies of both files in a second directory, on a mounted Drive, say: slow, full or gone, it holds up no training.
-
-COPY_PATIENCE = 300  # seconds that the end of a training waits for its copy
+# Whether it can be exact ----------------------------------------------------------------------------------------------
+# Checks before and during training: of the data, of the model, of the numbers.
 
 
-class _Copier:
-    """Copies the two files from one directory to another in a thread, one copying at a time."""
+def _warn_of_workers(model):
+    """Warns of training data that reads ahead. Raises nothing, as it may be right all the same."""
+    data = _arguments_of("fit", model).get("x")
+    if isinstance(data, keras.utils.PyDataset) and data.workers > 1:
+        warnings.warn(
+            f"The data's workers are {data.workers}: they read ahead, before on_epoch_begin. If a callback tells"
+            " the data its epoch, it comes in the wrong order, and a resume is not exact. Use workers=1."
+        )
 
-    def __init__(self, source, target):
-        self._source = source
-        self._target = target
-        self._thread = None
-        self._error = None  # of the last copying
 
-    def start(self):
-        """Begins to copy, unless the last copying goes on: then the next call copies what is newest by that time."""
-        if self._thread is not None and self._thread.is_alive():
+def _check_that_hdf5_can_hold(model):
+    """Raises ValueError if Keras cannot save the model as HDF5 and load it again."""
+    kept = _random_state()
+    try:
+        _keras_file(model, load_again=True)
+    except OSError as error:
+        warnings.warn(f"Could not try out whether this model can be saved: {error}")
+    except Exception as error:  # whatever Keras raises is the reason to pass on
+        remedy = "Build it as a Sequential or Functional model, from layers only."
+        raise ValueError(f"model: HDF5 cannot hold {model.name!r}. {remedy} Keras says: {error}") from error
+    finally:
+        _set_random_state(kept)  # loading made a model, whose weights were drawn at random
+
+
+def _first_not_finite(model, loss):
+    """What is nan or infinite: "its loss" or the path of a weight; None where nothing is."""
+    if not math.isfinite(_number(loss)):
+        return "its loss"
+    for variable, values in zip(model.weights, _values(model.weights)):
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            return variable.path
+    return None
+
+
+# The two files, and their copies --------------------------------------------------------------------------------------
+# Where they are, which one to continue from, and copies of both in a second directory, made in the background.
+
+COPY_PATIENCE = 300  # seconds that the end of a training waits for its copies
+
+
+class _Files:
+    """The two files of a training in its directory and, where there is one, in the directory `copy_to`."""
+
+    def __init__(self, directory, copy_to):
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.copy_to = Path(copy_to) if copy_to else None
+        if self.copy_to is not None:
+            self.copy_to.mkdir(exist_ok=True)  # without its parents: where a Drive is not mounted, that is an error
+        self._copying = None  # the thread
+        self._copying_failed = None  # the error of the last copying
+
+    def existing(self):
+        folders = [self.directory]
+        if self.copy_to is not None:
+            folders.append(self.copy_to)
+        paths = [folder / name for name in (SAVED, BEST) for folder in folders]
+        return [path for path in paths if path.exists()]
+
+    def read(self, most_bytes, check):
+        """The files that can be used as a list of _Checkpoint, and what is wrong with the others, by path.
+
+        `check(checkpoint)` raises ValueError for one of another training.
+        """
+        usable, problems = [], {}
+        for path in self.existing():
+            try:
+                checkpoint = _unpack(path, most_bytes)
+                check(checkpoint)
+                usable.append(checkpoint)
+            except ValueError as error:
+                problems[path] = error
+            except Exception as error:  # whatever HDF5 raises is the reason to pass on
+                problems[path] = f"it cannot be used: {error!r}"
+        return usable, problems
+
+    def set_aside(self, problems, chosen):
+        """Renames files that cannot be used, so that none is overwritten. Returns what to say about it."""
+        said = "" if problems else f"{self.directory / SAVED} is missing. "
+        for path, problem in problems.items():
+            aside = path.replace(path.with_name(f"{path.stem}.unusable-{time.time_ns()}{path.suffix}"))
+            said += f"{path} cannot be used: {problem}\nIt was kept as {aside}. "
+        epoch = chosen.state["epoch"] + 1
+        return f"{said}Continuing from {chosen.path}, epoch {epoch}; what was trained after it (if at all) is lost."
+
+    def bring_copies_back(self):
+        for name in (BEST, SAVED):  # in the order in which a save writes them
+            copy = self.copy_to / name
+            if copy.exists():
+                _write(self.directory / name, copy.read_bytes())
+
+    def start_copying(self):
+        """Copies both files in a thread, unless the last copying goes on: then the next call takes what is newest."""
+        if self.copy_to is None or (self._copying is not None and self._copying.is_alive()):
             return
-        if self._error is not None:
-            warnings.warn(f"Could not copy to {self._target}: {self._error}. Training goes on; each epoch tries again.")
-        self._run(None)
+        if self._copying_failed is not None:
+            why = f"Could not copy to {self.copy_to}: {self._copying_failed}."
+            warnings.warn(f"{why} Training goes on; each epoch tries again.")
+        self._copy_in_thread(None)
 
-    def finish(self):
+    def finish_copying(self):
         """Copies what is newest. Raises OSError if that fails or takes longer than COPY_PATIENCE (a TimeoutError)."""
-        self._run(self._thread)
-        self._thread.join(COPY_PATIENCE)
-        if self._thread.is_alive():
+        if self.copy_to is None:
+            return
+        self._copy_in_thread(self._copying)
+        self._copying.join(COPY_PATIENCE)
+        if self._copying.is_alive():
             raise TimeoutError(f"it did not answer for {COPY_PATIENCE} s")
-        if self._error is not None:
-            raise self._error
+        if self._copying_failed is not None:
+            raise self._copying_failed
 
-    def _run(self, earlier):
+    def _copy_in_thread(self, earlier):
         # A daemon, as the end of the program must not wait for a Drive that never answers.
-        self._thread = threading.Thread(target=self._copy, args=(earlier,), daemon=True)
-        self._thread.start()
+        self._copying = threading.Thread(target=self._copy, args=(earlier,), name="copy checkpoints", daemon=True)
+        self._copying.start()
 
     def _copy(self, earlier):
         if earlier is not None:
             earlier.join()
         try:
             # Read in the opposite order of writing: the copy of the best one may be newer than the other, never older.
-            files = [self._source / name for name in (SAVED, BEST)]
-            contents = [(path.name, path.read_bytes()) for path in files if path.exists()]
+            paths = [self.directory / name for name in (SAVED, BEST)]
+            contents = [(path.name, path.read_bytes()) for path in paths if path.exists()]
             for name, data in reversed(contents):
-                copy = self._target / name
+                copy = self.copy_to / name
                 if not copy.exists() or copy.read_bytes() != data:
                     _write(copy, data)
-            self._error = None
+            self._copying_failed = None
         except OSError as error:
-            self._error = error
+            self._copying_failed = error
 
 
 # ResumableCheckpoint --------------------------------------------------------------------------------------------------
@@ -1091,16 +1180,10 @@ class ResumableCheckpoint(_Recorder):
         self.monitor = monitor
         self.callbacks = list(callbacks)
         self.verbose = verbose
-        self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self._files = _Files(directory, copy_to)
+        self.directory = self._files.directory
         self.saved_path = self.directory / SAVED
         self.best_path = self.directory / BEST
-        self.copy_to = None
-        self._copier = None
-        if copy_to:
-            self.copy_to = Path(copy_to)
-            self.copy_to.mkdir(exist_ok=True)  # without its parents: where a Drive is not mounted, that is an error
-            self._copier = _Copier(self.directory, self.copy_to)
         self.best = None  # value and epoch of the best one so far
         self.best_epoch = None
         self._mode = _direction(monitor) if mode == "auto" else mode  # None until Keras can be asked
@@ -1112,7 +1195,7 @@ class ResumableCheckpoint(_Recorder):
         self._next_epoch = None  # the epoch to continue with, were training to stop now
         self._is_training = False
         self._failure = None  # why the last save failed
-        self._best_weights = None  # the bytes of Keras's file of a best epoch, until it is over
+        self._best_keras_file = None  # the bytes of Keras's file of a best epoch, until it is over
         self._best_file = None  # the bytes of a best file that could not be written yet
 
     # Before training: back to where it stopped
@@ -1134,7 +1217,8 @@ class ResumableCheckpoint(_Recorder):
         self.best_epoch = None
         self.set_model(model)
         self._records.clear()
-        usable, problems = self._read_files()
+        most_bytes = 2**26 + 12 * sum(values.nbytes for values in _values(model.variables))
+        usable, problems = self._files.read(most_bytes, self._check_match)
         if problems and not usable:
             listed = "\n".join(f"{path}: {problem}" for path, problem in problems.items())
             remedy = "To continue, undo the differences; to start anew, use another directory or move these files away."
@@ -1148,45 +1232,21 @@ class ResumableCheckpoint(_Recorder):
         chosen = max(saved or usable, key=lambda file: file.state["epoch"])
         self._put_back(chosen)
         if problems or chosen.path.name == BEST:
-            self._set_aside(problems, chosen)
-        if chosen.path.parent == self.copy_to:
-            self._bring_copies_back()
+            warnings.warn(self._files.set_aside(problems, chosen), stacklevel=2)
+        if chosen.path.parent == self._files.copy_to:
+            self._files.bring_copies_back()
         if self.verbose:
             self._say_where_it_continues(chosen.state)
         return self._next_epoch
 
-    def _paths(self):
-        """Where files of this training may be: its directory, then the copies."""
-        folders = [self.directory]
-        if self.copy_to is not None:
-            folders.append(self.copy_to)
-        return [folder / name for name in (SAVED, BEST) for folder in folders]
-
-    def _read_files(self):
-        """The files that can be used as a list of _Checkpoint, and what is wrong with the others by path."""
-        most_bytes = 2**26 + 12 * sum(values.nbytes for values in _values(self.model.variables))
-        usable, problems = [], {}
-        for path in self._paths():
-            if not path.exists():
-                continue
-            try:
-                file = _unpack(path, most_bytes)
-                _check_match(file.state["fingerprint"], self._fingerprint(file.state["fingerprint"]))
-                usable.append(file)
-            except ValueError as error:
-                problems[path] = error
-            except Exception as error:  # whatever HDF5 raises is the reason to pass on
-                problems[path] = f"it cannot be used: {error!r}"
-        return usable, problems
-
-    def _fingerprint(self, saved=None):
-        """What must match. Before Keras can be asked about `mode`, a saved fingerprint tells how it was decided."""
-        mode = self._mode
-        if mode is None and saved is not None:
-            for decided in ("min", "max"):
-                if saved.get("monitor") == f"{self.monitor} ({decided})":
-                    mode = decided
+    def _fingerprint(self, mode):
         return _fingerprint(self.model, self.callbacks, f"{self.monitor} ({mode})", self.settings)
+
+    def _check_match(self, checkpoint):
+        saved = checkpoint.state["fingerprint"]
+        # Before Keras can be asked what is better, the file tells how that was decided.
+        mode = self._mode or ("max" if saved["monitor"].endswith("(max)") else "min")
+        _check_match(saved, self._fingerprint(mode))
 
     def _put_back(self, chosen):
         """Loads a checkpoint into model, optimizer and record. The rest has to wait until training begins."""
@@ -1204,22 +1264,6 @@ class ResumableCheckpoint(_Recorder):
         self.best = state["best"]
         self.best_epoch = state["best_epoch"]
         self._mode = "max" if state["fingerprint"]["monitor"].endswith("(max)") else "min"
-
-    def _set_aside(self, problems, chosen):
-        """Renames files that cannot be used, so that none is overwritten, and says what was lost with them."""
-        why = "" if problems else f"{self.saved_path} is missing. "
-        for path, problem in problems.items():
-            aside = path.replace(path.with_name(f"{path.stem}.unusable-{time.time_ns()}{path.suffix}"))
-            why += f"{path} cannot be used: {problem}\nIt was kept as {aside}. "
-        epoch = chosen.state["epoch"] + 1
-        lost = f"Continuing from {chosen.path}, epoch {epoch}; what was trained after it (if at all) is lost."
-        warnings.warn(f"{why}{lost}", stacklevel=3)
-
-    def _bring_copies_back(self):
-        for name in (BEST, SAVED):  # in the order in which a save writes them
-            copy = self.copy_to / name
-            if copy.exists():
-                _write(self.directory / name, copy.read_bytes())
 
     def _say_where_it_continues(self, state):
         said = "Continuing"
@@ -1241,43 +1285,17 @@ class ResumableCheckpoint(_Recorder):
     def on_train_begin(self, logs=None):
         if self._restored is not None and self._restored_model is not self.model:
             raise ValueError("restore(model) was called with another model than the one that is now being trained")
-        self._check_data()
-        self._check_that_it_can_be_saved()
+        _warn_of_workers(self.model)
+        _check_that_hdf5_can_hold(self.model)
         self._is_training = False
         self._failure = None
-        self._best_weights = None
+        self._best_keras_file = None
         self._best_file = None
         if self._restored is not None:
             # What `fit` returns: Keras's History comes last and adds to the lists, but empties `epoch` when it begins.
             # So that is filled in when the first epoch begins.
-            self.model.history.history = self._history()
+            self.model.history.history = _as_history(self._records)
         _InterruptHandler(self).install()
-
-    def _check_data(self):
-        data = _arguments_of("fit", self.model).get("x")
-        if isinstance(data, keras.utils.PyDataset) and data.workers > 1:
-            warnings.warn(
-                f"The data's workers are {data.workers}: they read ahead, before on_epoch_begin. If a callback tells"
-                " the data its epoch, it comes in the wrong order, and a resume is not exact. Use workers=1."
-            )
-
-    def _check_that_it_can_be_saved(self):
-        kept = _random_state()
-        try:
-            _keras_file(self.model, load_again=True)
-        except OSError as error:
-            warnings.warn(f"Could not try out whether this model can be saved: {error}")
-        except Exception as error:  # whatever Keras raises is the reason to pass on
-            remedy = "Build it as a Sequential or Functional model, from layers only."
-            what = f"model: HDF5 cannot hold {self.model.name!r}. {remedy} Keras says: {error}"
-            raise ValueError(what) from error
-        finally:
-            _set_random_state(kept)  # loading made a model, whose weights were drawn at random
-
-    def _history(self):
-        """The record as Keras's History has it: a list of values by name, without the epochs that lack it."""
-        names = dict.fromkeys(name for logs in self._records.values() for name in logs)
-        return {name: [logs[name] for logs in self._records.values() if name in logs] for name in names}
 
     def on_epoch_begin(self, epoch, logs=None):
         super().on_epoch_begin(epoch, logs)
@@ -1305,7 +1323,7 @@ class ResumableCheckpoint(_Recorder):
                     f"This training was stopped early, after epoch {last + 1}. To train on from there, with more"
                     f" epochs or another patience, use fit(..., initial_epoch={last + 1})."
                 )
-        elif epoch != self._next_epoch and any(path.exists() for path in self._paths()):
+        elif epoch != self._next_epoch and self._files.existing():
             remedy = "To continue it, use fit(..., initial_epoch=checkpoint.restore(model)); else, another directory."
             raise ValueError(f"fit began at epoch {epoch}, but {self.directory} holds a training unlike that. {remedy}")
 
@@ -1315,8 +1333,8 @@ class ResumableCheckpoint(_Recorder):
             self._mode = _direction(self.monitor, self.model)
         if self._mode is None:
             raise ValueError(
-                f"monitor: nobody knows whether less or more of {self.monitor!r} is better. "
-                'Pass mode="min" or mode="max" to ResumableCheckpoint.'
+                f"monitor: nobody knows whether less or more of {self.monitor!r} is better, as Keras has no compiled"
+                ' metric of this name and direction. Pass mode="min" or mode="max" to ResumableCheckpoint.'
             )
 
     def on_epoch_end(self, epoch, logs=None):
@@ -1330,7 +1348,7 @@ class ResumableCheckpoint(_Recorder):
         if self._is_best(value):
             self.best = value
             self.best_epoch = epoch
-            self._best_weights = _keras_file(self.model)  # now, as averaged weights (EMA) replace these at the end
+            self._best_keras_file = _keras_file(self.model)  # now, as averaged weights (EMA) replace these at the end
 
     def _is_best(self, value):
         if not math.isfinite(value):
@@ -1353,11 +1371,10 @@ class ResumableCheckpoint(_Recorder):
             warnings.warn(f"{self.monitor} was never logged as a finite number, so there is no {self.best_path}")
         if self._failure:
             warnings.warn(f"Training ended, but nothing after epoch {self._next_epoch} is saved: {self._failure}")
-        if self._copier is not None:
-            try:
-                self._copier.finish()
-            except OSError as error:  # a timeout is one, too
-                warnings.warn(f"Training ended, but its end is not in {self.copy_to}: {error!r}")
+        try:
+            self._files.finish_copying()
+        except OSError as error:  # a timeout is one, too
+            warnings.warn(f"Training ended, but its end is not in {self._files.copy_to}: {error!r}")
         self._is_training = False
 
     def _say_where_it_stopped(self):
@@ -1369,7 +1386,7 @@ class ResumableCheckpoint(_Recorder):
     def _save(self, epochs_of_fit=None):
         """Saves the last epoch. At the end of training, `epochs_of_fit` says where to continue: nothing is left."""
         epoch = max(self._records)
-        broken = self._first_without_number(epoch)
+        broken = _first_not_finite(self.model, self._records[epoch].get("loss", 0.0))
         if broken is not None:
             again = "An exact resume will meet the same again: lower the learning rate."
             warnings.warn(f"Nothing after epoch {self._next_epoch} is saved, as {broken} is nan or infinite. {again}")
@@ -1386,17 +1403,7 @@ class ResumableCheckpoint(_Recorder):
             print(f"Saving works again: epoch {epoch + 1} is in {self.saved_path}.", flush=True)
         self._failure = None
         self._next_epoch = state["next_epoch"]
-        if self._copier is not None:
-            self._copier.start()
-
-    def _first_without_number(self, epoch):
-        """The name of the first weight that is not finite, or of the loss; None where all are."""
-        if not math.isfinite(_number(self._records[epoch].get("loss", 0.0))):
-            return "its loss"
-        for variable, values in zip(self.model.weights, _values(self.model.weights)):
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                return variable.path
-        return None
+        self._files.start_copying()
 
     def _state(self, epoch, epochs_of_fit):
         """All that is saved beside Keras's part: plain data, and arrays by name."""
@@ -1416,15 +1423,15 @@ class ResumableCheckpoint(_Recorder):
             "counters": counters,
             "random": _random_state(),
             "records": [{"epoch": past, "logs": logs} for past, logs in self._records.items()],
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self._fingerprint(self._mode),
         }
         return state, arrays
 
     def _write_files(self, state, arrays):
         # The best one first: were it second, a stop in between would leave a state that takes it for written.
-        if self._best_weights is not None:
-            self._best_file = _pack(self._best_weights, state, arrays)
-            self._best_weights = None
+        if self._best_keras_file is not None:
+            self._best_file = _pack(self._best_keras_file, state, arrays)
+            self._best_keras_file = None
         if self._best_file is not None:
             _write(self.best_path, self._best_file)
             self._best_file = None  # only now, so that a failed save of it is made up for later

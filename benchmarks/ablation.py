@@ -19,15 +19,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from paths import ROOT
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 from keras import layers  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from training import cells_before_training, forward_flop  # noqa: E402
+from notebook_cells import cells_before_training, forward_flop  # noqa: E402
 
 from visual_callbacks import ResumableCheckpoint  # noqa: E402
 

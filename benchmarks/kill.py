@@ -14,7 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-TRAINING = Path(__file__).parent.parent / "tests" / "training.py"
+from paths import ROOT
+
+TRAINING = ROOT / "tests" / "training.py"
 EPOCHS = 40
 
 

@@ -1,6 +1,8 @@
 """Time, memory and notebook size of the live view: ours, livelossplot 0.6.1 and the plain recipe, on the same logs.
 
-    python benchmarks/live_view.py          needs livelossplot==0.6.1; prints three tables, draws Images/live_view.png
+    python benchmarks/live_view.py [EPOCHS]     needs livelossplot==0.6.1; prints three tables
+
+With the 600 epochs that it trains unless told otherwise, it draws Images/live_view.png, too.
 
 All three redraw the curves after each of 600 epochs in one real Jupyter kernel, each in a cell of its own, in turn and
 twice over. A redraw is timed from the call until the picture is handed to the kernel's messaging. Then ours alone for
@@ -18,11 +20,10 @@ from pathlib import Path
 import nbformat
 from matplotlib.figure import Figure
 from nbclient import NotebookClient
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
-SETUP = f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT)!r})
+SETUP = """
+import os, time
 import keras, matplotlib.pyplot as plt, numpy as np
 from IPython.display import clear_output
 from livelossplot import PlotLosses
@@ -33,15 +34,15 @@ noise = np.random.default_rng(0).random((2000, 4)) / 20
 
 def logs(epoch):
     x, (a, b, c, d) = 1 / (1 + epoch / 20), noise[epoch]
-    losses = {{"loss": 2 * x + a, "val_loss": 2.1 * x + b}}
-    return {{**losses, "accuracy": 1 - 0.9 * x - c, "val_accuracy": 0.95 - 0.85 * x - d}}
+    losses = {"loss": 2 * x + a, "val_loss": 2.1 * x + b}
+    return {**losses, "accuracy": 1 - 0.9 * x - c, "val_accuracy": 0.95 - 0.85 * x - d}
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 def ours(epochs):
     plotter, model = AccLossPlotter(verbose=0), keras.Sequential()
-    plotter.set_params({{"epochs": epochs, "steps": None}})
+    plotter.set_params({"epochs": epochs, "steps": None})
     plotter.set_model(model)
     plotter.on_train_begin()
     for epoch in range(epochs):
@@ -50,7 +51,7 @@ def ours(epochs):
         yield
 
 def livelossplot(epochs):
-    groups = {{"accuracy": ["accuracy", "val_accuracy"], "loss": ["loss", "val_loss"]}}
+    groups = {"accuracy": ["accuracy", "val_accuracy"], "loss": ["loss", "val_loss"]}
     plot = PlotLosses(groups=groups, outputs=[MatplotlibPlot()])
     for epoch in range(epochs):
         plot.update(logs(epoch))
@@ -58,7 +59,7 @@ def livelossplot(epochs):
         yield
 
 def recipe(epochs):
-    history = {{name: [] for name in logs(0)}}
+    history = {name: [] for name in logs(0)}
     for epoch in range(epochs):
         for name, value in logs(epoch).items():
             history[name].append(value)
@@ -79,16 +80,15 @@ def measure(method, epochs):
         next(redraws)
         ms.append((time.perf_counter() - began) * 1000)
         memory.append(resident())
-    ends = [n for n in (10, 20, 100, 600, 2000) if n <= epochs]
-    times = {{str(n): np.median(ms[n - 10 : n]) for n in ends}}
-    return {{"ms": times, "grown": memory[-1] - memory[min(50, epochs) - 1], "open": len(plt.get_fignums())}}
+    ends = [n for n in (10, 20, 100, 600, 2000) if n <= epochs] + [epochs]
+    times = {str(n): np.median(ms[n - 10 : n]) for n in ends}
+    return {"ms": times, "grown": memory[-1] - memory[min(50, epochs) - 1], "open": len(plt.get_fignums())}
 """
 NAMES = {
     "ours": "AccLossPlotter",
     "livelossplot": "livelossplot 0.6.1",
     "recipe": "clear_output, plt.plot, plt.show",
 }
-LENGTHS = ("10", "100", "600")
 
 
 def execute(*measurements):
@@ -105,32 +105,35 @@ def execute(*measurements):
     ]
 
 
-def main():
-    results = execute(*[(name, 600) for name in NAMES] * 2)
+def main(epochs=600):
+    results = execute(*[(name, epochs) for name in NAMES] * 2)
+    lengths = [n for n in ("10", "100", "600") if int(n) <= epochs]
     ms = {  # of both rounds
-        name: {n: statistics.mean(result["ms"][n] for result in results[i :: len(NAMES)]) for n in LENGTHS}
+        name: {n: statistics.mean(result["ms"][n] for result in results[i :: len(NAMES)]) for n in lengths}
         for i, name in enumerate(NAMES)
     }
-    print("| 600 epochs | ms at 10 | at 100 | at 600 | of livelossplot's time | MB grown | output, kB | open figures |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = " | ".join(f"ms at {n}" for n in lengths)
+    print(f"| {epochs} epochs | {columns} | of livelossplot's time | MB grown | output, kB | open figures |")
+    print("| --- " * (len(lengths) + 5) + "|")
     for name, first, second in zip(NAMES, results, results[len(NAMES) :]):
-        shares = " ".join(f"{ms[name][n] / ms['livelossplot'][n]:.2f}" for n in LENGTHS)
-        times = " | ".join(f"{ms[name][n]:.0f}" for n in LENGTHS)
+        shares = " ".join(f"{ms[name][n] / ms['livelossplot'][n]:.2f}" for n in lengths)
+        times = " | ".join(f"{ms[name][n]:.0f}" for n in lengths)
         grown = f"{first['grown']:.1f}, {second['grown']:.1f}"
         print(f"| {NAMES[name]} | {times} | {shares} | {grown} | {second['kB']:.0f} | {second['open']} |")
-    (six,), (many,) = execute(("ours", 6)), execute(("ours", 2000))
-    print("\n| AccLossPlotter, 2,000 epochs | |\n| --- | --- |")
+    longest = 2000 if epochs == 600 else epochs
+    (six,), (many,) = execute(("ours", 6)), execute(("ours", longest))
+    print(f"\n| AccLossPlotter, {longest:,} epochs | |\n| --- | --- |")
     print(f"| memory grown after the first 50 | {many['grown']:.1f} MB |")
-    print(f"| a redraw at the end, of one at epoch 20 | {many['ms']['2000'] / many['ms']['20']:.2f} |")
+    print(f"| a redraw at the end, of one at epoch 20 | {many['ms'][str(longest)] / many['ms']['20']:.2f} |")
     print(f"| notebook larger than after 6 epochs | {many['kB'] - six['kB']:.0f} kB |")
     print(f"| pyplot figures open | {many['open']} |")
-    draw(ms)
-    matrix()
+    if epochs == 600:
+        draw(ms, lengths)
+    matrix(5000 if epochs == 600 else 500)
 
 
-def matrix():
-    """What a ConfusionMatrixPlotter adds to an epoch of 180 batches of 250 images, and 5,000 to validate on."""
-    sys.path.insert(0, str(ROOT))
+def matrix(images):
+    """What a ConfusionMatrixPlotter adds to an epoch of nine times as many images, in batches of 250, as it shows."""
     import keras
     import numpy as np
     import tensorflow as tf
@@ -150,18 +153,21 @@ def matrix():
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
-    x, y = np.zeros((5000, 32, 32, 3), "float32"), np.eye(10, dtype="float32")[np.arange(5000) % 10]
+    x, y = np.zeros((images, 32, 32, 3), "float32"), np.eye(10, dtype="float32")[np.arange(images) % 10]
     metric = keras.metrics.OneHotMeanIoU(10)
     model, update = network(metrics=["accuracy", metric]), tf.function(metric.update_state)
     epoch = 9 * seconds(lambda: model.fit(x, y, 250, verbose=0), 3)
-    epoch += seconds(lambda: model.evaluate(x, y, 500, verbose=0), 3)  # which leaves its matrix in the metric
+    epoch += seconds(lambda: model.evaluate(x, y, 500, verbose=0), 3)
     classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
     held, other = ConfusionMatrixPlotter(x, y, classes), ConfusionMatrixPlotter(x[1:], y[1:], classes)
     shares = {}
     for name, plotter in (("held by the compiled metric", held), ("by a second `predict`", other)):
         plotter.set_model(model)
+        plotter.on_train_begin()
+        model.evaluate(x, y, 500, verbose=0, callbacks=[plotter])  # at whose end the metric's matrix is taken
         shares[name] = seconds(plotter.on_epoch_end, 5, 0, {"loss": 1.0}) / epoch
-    shares["held by the compiled metric"] += 200 * seconds(update, 50, y[:250], y[:250]) / epoch
+    updates = 10 * images / 250  # of training and of validation
+    shares["held by the compiled metric"] += updates * seconds(update, 50, y[:250], y[:250]) / epoch
     small = ConfusionMatrixPlotter(x[:250], y[:250], classes)
     small.set_model(model)
     memory = []
@@ -174,14 +180,14 @@ def matrix():
     print(f"| memory grown by 200 predictions, after the first 50 | {memory[-1] - memory[49]:.1f} MB |")
 
 
-def draw(ms):
+def draw(ms, lengths):
     figure = Figure(figsize=(7.2, 2.5), dpi=100, layout="constrained")
     ax = figure.add_subplot()
     for index, (name, colour) in enumerate(zip(NAMES, ("#0072B2", "#E69F00", "#8C8C8C"))):
-        places = [x + 0.28 * (index - 1) for x in range(len(LENGTHS))]
-        bars = ax.bar(places, [ms[name][n] for n in LENGTHS], 0.25, color=colour, label=NAMES[name])
+        places = [x + 0.28 * (index - 1) for x in range(len(lengths))]
+        bars = ax.bar(places, [ms[name][n] for n in lengths], 0.25, color=colour, label=NAMES[name])
         ax.bar_label(bars, fmt="%.0f", fontsize=8)
-    ax.set_xticks(range(len(LENGTHS)), [f"{n} epochs" for n in LENGTHS])
+    ax.set_xticks(range(len(lengths)), [f"{n} epochs" for n in lengths])
     ax.set(ylabel="ms", title="One redraw of the curves, same logs, same kernel")
     ax.spines[["top", "right"]].set_visible(False)
     ax.margins(y=0.15)
@@ -190,4 +196,4 @@ def draw(ms):
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

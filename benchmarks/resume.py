@@ -1,6 +1,8 @@
 """What is equal to an uninterrupted training after a kill at epoch 5 of 10, for us and for what Keras offers.
 
-    python benchmarks/resume.py            prints a table, and what a save costs beside ModelCheckpoint's
+    python benchmarks/resume.py [METHOD ...]     prints a table, and what a save costs beside ModelCheckpoint's
+
+METHOD: ours, backup, load_keras, load_hdf5 or csv; all of them, if none is named.
 
 Each method trains the same small network (Adam, Dropout, GaussianNoise, augmentation layers, ReduceLROnPlateau,
 EarlyStopping) three times, in processes of its own: uninterrupted, killed by SIGKILL when epoch 5 begins, and resumed.
@@ -16,8 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import paths  # noqa: F401
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests")]
 EPOCHS, KILL = 10, 5
 METHODS = {
     "ours": "ResumableCheckpoint",
@@ -35,7 +38,7 @@ def child(method, folder):
     import numpy as np
     import training
 
-    from visual_callbacks import ResumableCheckpoint, _seeds
+    from visual_callbacks import ResumableCheckpoint
 
     training.prepare()
     keras.utils.set_random_seed(7)
@@ -64,12 +67,15 @@ def child(method, folder):
         note = lambda epoch, logs: (model.save(file), (folder / "epoch").write_text(str(epoch + 1)))  # noqa: E731
         used.append(callbacks.LambdaCallback(on_epoch_end=note))
 
+    weights = {id(variable) for variable in model.weights}
+    seeds = [variable for variable in model.variables if id(variable) not in weights]
+
     def snapshot():
         arrays = lambda variables: [np.asarray(keras.ops.convert_to_numpy(v)) for v in variables]  # noqa: E731
         return {
             "weights": arrays(model.weights),
             "optimizer": arrays(model.optimizer.variables),
-            "dropout state": arrays(_seeds(model)),
+            "dropout state": arrays(seeds),
             "best value": keeper.best if method == "ours" else best.best,
             "counters": [reduce_rate.best, reduce_rate.wait, stopping.best, stopping.wait, stopping.best_epoch],
         }
@@ -117,10 +123,11 @@ def equal(a, b):
     return a == b
 
 
-def table():
+def table(methods):
     print("| method |", " | ".join(ASPECTS), "|")
     print("| --- |" + " --- |" * len(ASPECTS))
-    for method, name in METHODS.items():
+    for method in methods:
+        name = METHODS[method]
         with tempfile.TemporaryDirectory() as work:
             folders = [Path(work, "whole"), Path(work, "parts")]
             for folder in folders:
@@ -186,5 +193,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
         child(*sys.argv[2:])
     else:
-        table()
+        methods = sys.argv[1:] or list(METHODS)
+        unknown = set(methods) - set(METHODS)
+        if unknown:
+            sys.exit(f"METHOD: expected some of {', '.join(METHODS)}, got {', '.join(unknown)}")
+        table(methods)
         cost()

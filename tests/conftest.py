@@ -1,20 +1,26 @@
 """Small deterministic models and data, and the environment that every test runs in."""
 
 import os
-import sys
-from pathlib import Path
+import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.pop("CIFAR10_NPZ", None)
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from keras import layers  # noqa: E402
+from paths import ROOT  # noqa: E402, F401
 
 CLASSES = ["ant", "bee", "cow"]
+
+
+def wait_until(condition, limit=120):
+    """Waits for a condition that another thread or process brings about; fails after `limit` seconds."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, f"waited {limit} s in vain"
+        time.sleep(0.02)
 
 
 def needs(available, what):
@@ -40,7 +46,8 @@ def build():
         last = "softmax" if outputs > 1 else "sigmoid"
         stack = [keras.Input((8,)), layers.Dense(12), layers.BatchNormalization(), layers.Dropout(0.2)]
         model = keras.Sequential([*stack, layers.Dense(outputs, activation=last)])
-        model.compile(optimizer or keras.optimizers.Adam(0.02), loss, metrics=list(metrics))
+        # Eagerly, as tracing takes longer than the few steps of these trainings.
+        model.compile(optimizer or keras.optimizers.Adam(0.02), loss, metrics=list(metrics), run_eagerly=True)
         return model
 
     return build_model
@@ -54,5 +61,5 @@ def own_folder(tmp_path, monkeypatch):
 
 def pytest_collection_modifyitems(items):
     """The fast tests first."""
-    order = "plotters old_weights checkpoint kernel notebook train browser kill".split()
+    order = "plotters old_weights checkpoint documents kernel notebook shipping browser kill".split()
     items.sort(key=lambda item: order.index(item.module.__name__.removeprefix("test_")))

@@ -1,4 +1,4 @@
-"""A training whose process stops at the N-th step of its saves: python tests/crash.py N FOLDER
+"""A training whose process stops at the N-th step of its saves: PYTHONPATH=. python tests/crash.py N FOLDER
 
 The steps are the calls by which a file is saved: writing (stops half-way), flushing, fsync, reading back, renaming
 (before and after), fsync of the folder.

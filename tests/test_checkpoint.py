@@ -1,6 +1,7 @@
 """ResumableCheckpoint in one process: what equals what, what is refused, what is said."""
 
 import contextlib
+import copy
 import ctypes
 import hashlib
 import json
@@ -12,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import keras
 import numpy as np
 import pytest
 import training
-from conftest import ROOT, needs
+from conftest import ROOT, needs, wait_until
 from keras import layers
 from training import CONFIGS, EPOCHS, images, train
 
@@ -30,6 +30,7 @@ from visual_callbacks import AccLossPlotter, ResumableCheckpoint
 
 training.prepare()
 SAVED, BEST = "saved_model.hdf5", "best_model.hdf5"
+MS_RDONLY, MS_REMOUNT, MNT_DETACH = 1, 32, 2  # flags of Linux's mount and umount2
 
 
 class Stop(keras.callbacks.Callback):
@@ -54,6 +55,28 @@ def interrupt(config, folder, epoch, **options):
         train(config, folder, extra=[Stop(epoch)], **options)
 
 
+@pytest.fixture(scope="session")
+def stopped_once(tmp_path_factory):
+    """The directory of a training that was interrupted in its fourth epoch; not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    interrupt("sgd", folder, 3)
+    return folder
+
+
+@pytest.fixture
+def stopped_run(stopped_once):
+    """A copy of it in this test's own folder, as `run`."""
+    shutil.copytree(stopped_once, "run")
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """The directory of the same training, never interrupted; not to be changed."""
+    folder = tmp_path_factory.mktemp("never stopped") / "run"
+    train("sgd", folder)
+    return folder
+
+
 def same(folder, other):
     return [(Path(folder) / name).read_bytes() == (Path(other) / name).read_bytes() for name in (SAVED, BEST)]
 
@@ -65,9 +88,12 @@ def variables(model):
 # Exactly equal ----
 
 
+LAST = [pytest.param(config, False, id=f"{config}, checkpoint last") for config in CONFIGS]
+FIRST = [pytest.param(config, True, id=f"{config}, checkpoint first", marks=pytest.mark.slow) for config in CONFIGS]
+
+
 @pytest.mark.stack
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("first", [False, True], ids=["checkpoint last", "checkpoint first"])
+@pytest.mark.parametrize("config, first", LAST + FIRST)
 def test_resumed_equals_uninterrupted_to_the_last_byte(config, first):
     model, history, _ = train(config, "whole", first=first)
     interrupt(config, "parts", 2, first=first)
@@ -84,6 +110,7 @@ def test_the_place_in_the_list_does_not_matter():
     assert same("first", "last") == [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_resumed_equals_uninterrupted_on_other_backends(backend):
     probe = subprocess.run([sys.executable, "-c", f"import {backend}"], capture_output=True)
@@ -92,12 +119,14 @@ def test_resumed_equals_uninterrupted_on_other_backends(backend):
     script = str(ROOT / "tests" / "training.py")
     for config in ("sgd", "plateau"):
         subprocess.run([sys.executable, script, config, f"whole-{config}"], env=env, check=True, capture_output=True)
-        killer = subprocess.Popen([sys.executable, script, config, f"parts-{config}"], env=env, stdout=-1, text=True)
+        killer = subprocess.Popen(
+            [sys.executable, script, config, f"parts-{config}"], env=env, stdout=subprocess.PIPE, text=True
+        )
         for line in killer.stdout:
             if line == "began 3\n":
                 killer.kill()
         result = subprocess.run(
-            [sys.executable, script, config, f"parts-{config}"], env=env, check=True, stdout=-1, text=True
+            [sys.executable, script, config, f"parts-{config}"], env=env, check=True, stdout=subprocess.PIPE, text=True
         )
         assert "Continuing after epoch" in result.stdout
         assert same(f"whole-{config}", f"parts-{config}") == [True, True]
@@ -109,6 +138,7 @@ def losses(path):
     return [record["logs"]["loss"] for record in state["records"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after", [("tensorflow", "jax"), ("jax", "torch"), ("torch", "tensorflow")])
 def test_a_checkpoint_of_one_backend_continues_on_another(before, after):
     for backend in (before, after):
@@ -195,11 +225,11 @@ def test_early_stopping_is_final(monkeypatch):
         assert all((a == b).all() for a, b in zip(again.get_weights(), model.get_weights()))
 
 
-def test_the_curve_continues_with_its_seam():
-    interrupt("sgd", "run", 3)
+def test_the_curve_continues_with_its_seam(stopped_run):
     plotter = AccLossPlotter(verbose=0)
     _, history, _ = train("sgd", "run", extra=[plotter])
-    training_line, _, _, seam, *_ = plotter.figure.axes[1].lines
+    lines = {line.get_gid(): line for line in plotter.figure.axes[1].lines}
+    training_line, seam = lines["training"], lines["seam"]
     assert list(training_line.get_ydata()) == history.history["loss"] and len(history.epoch) == EPOCHS
     assert seam.get_xdata()[0] == 3.5 and seam.get_label() == "resumed after epoch 3"
 
@@ -211,6 +241,130 @@ def test_the_best_is_not_overwritten_by_worse_epochs_after_a_resume():
     _, history, checkpoint = train("sgd", "run", **options)
     assert checkpoint.best == history.history["loss"][0] == max(history.history["loss"])
     assert checkpoint.best_epoch == 0 and Path("run", BEST).read_bytes() == best
+
+
+# What is better ----
+
+
+@pytest.mark.parametrize(
+    "monitor, best",
+    [("val_accent_loss", min), ("f1_loss", min), ("val_iou_loss", min), ("val_auction_price_error", min)]
+    + [("MAE", min), ("val_Accuracy", max), ("val_top_k_categorical_accuracy", max), ("val_acc", max)],
+)
+def test_a_name_that_everyone_knows_says_what_is_better(monitor, best):
+    """Values go down and up again, so that the smallest and the largest are neither the first nor the last."""
+    values = [3.0, 1.0, 5.0, 4.0]
+    report = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update({monitor: values[epoch]}))
+    *_, checkpoint = train("sgd", "run", epochs=4, monitor=monitor, extra=[report])
+    assert checkpoint.best == best(values) and checkpoint.best_epoch == values.index(best(values))
+
+
+class Overlap(keras.metrics.OneHotMeanIoU):
+    """A metric of Keras's under a name that says nothing."""
+
+    def __init__(self):
+        super().__init__(3, name="overlap")
+
+
+class Unknown(keras.metrics.Metric):
+    """A metric of which Keras does not know what is better."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        pass
+
+    def result(self):
+        return 0.5
+
+
+def fit_with_metric(metric, monitor, **options):
+    model, (x, y) = training.sequential(), images()
+    model.compile("sgd", "categorical_crossentropy", metrics=[metric])
+    checkpoint = ResumableCheckpoint("run", monitor=monitor, **options)
+    first = checkpoint.restore(model)
+    model.fit(x, y, 16, 3, initial_epoch=first, verbose=0, validation_data=(x, y), callbacks=[checkpoint])
+    return model, checkpoint, first
+
+
+@pytest.mark.stack
+def test_keras_is_asked_what_is_better_of_a_compiled_metric():
+    model, checkpoint, _ = fit_with_metric(Overlap(), "val_overlap")
+    values = model.history.history["val_overlap"]
+    assert checkpoint.best == max(values) != min(values)
+    *_, first = fit_with_metric(Overlap(), "val_overlap")  # a file knows before Keras can be asked
+    assert first == 3
+    with pytest.raises(ValueError, match=r"monitor: saved 'val_overlap \(max\)', now 'val_overlap \(min\)'"):
+        fit_with_metric(Overlap(), "val_overlap", mode="min")
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("metric", [Unknown(name="dice"), "accuracy"], ids=["compiled", "logged by a callback"])
+def test_where_nobody_knows_what_is_better_it_is_asked_for(metric):
+    batches = []
+
+    class Count(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            batches.append(batch)
+
+    model, (x, y) = training.sequential(), images()
+    model.compile("sgd", "categorical_crossentropy", metrics=[metric])
+    checkpoint = ResumableCheckpoint("run", monitor="val_dice")
+    with pytest.raises(ValueError, match="monitor: nobody knows .*'val_dice' is better.*mode=.min. or mode=.max."):
+        model.fit(x, y, 16, verbose=0, validation_data=(x, y), callbacks=[Count(), checkpoint])
+    assert batches == [0]  # not after hours
+    if metric != "accuracy":
+        *_, checkpoint, _ = fit_with_metric(metric, "val_dice", mode="max")
+        assert checkpoint.best == 0.5
+
+
+# Data ----
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_data_set_that_reads_ahead_is_warned_of(workers):
+    x, y = images()
+    data, seen = training.Batches(x, y), []
+    data.workers = workers
+    model = compiled()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(data, verbose=0, shuffle=False, callbacks=[ResumableCheckpoint("run", monitor="loss")])
+    seen = [str(warning.message) for warning in caught if "workers" in str(warning.message)]
+    assert len(seen) == (workers > 1) and all("Use workers=1" in text for text in seen)
+
+
+# Copies of the callback, more epochs ----
+
+
+def test_it_can_be_copied_deeply_as_tuners_do():
+    checkpoint = copy.deepcopy(ResumableCheckpoint("run", monitor="val_overlap", copy_to="copies"))
+    model, (x, y) = training.sequential(), images()
+    model.compile("sgd", "categorical_crossentropy", metrics=[Overlap()])
+    model.fit(x, y, 16, 1, verbose=0, validation_data=(x, y), callbacks=[checkpoint])
+    assert Path("run", SAVED).read_bytes() == Path("copies", SAVED).read_bytes()
+
+
+def test_more_epochs_after_an_early_stop_go_on_where_it_stopped(monkeypatch, capsys):
+    def stopping():
+        return [keras.callbacks.EarlyStopping("loss", min_delta=9, patience=patience)]
+
+    monkeypatch.setitem(CONFIGS, "stopping", (training.sequential, lambda: training.ADAM(0.01), stopping))
+    patience = 1
+    _, stopped, _ = train("stopping", "run", epochs=30)
+    last = stopped.epoch[-1]
+    assert last < 3
+    patience = 3
+    with pytest.raises(ValueError, match=rf"stopped early, after epoch {last + 1}.*initial_epoch={last + 1}\)"):
+        train("stopping", "run", epochs=32)
+    assert f"(it was stopped early; to train on, pass initial_epoch={last + 1})" in capsys.readouterr().out
+
+    monkeypatch.setattr(
+        ResumableCheckpoint, "restore", lambda *a, restore=ResumableCheckpoint.restore: min(restore(*a), last + 1)
+    )
+    _, history, _ = train("stopping", "run", epochs=32)
+    assert history.epoch == list(range(len(history.epoch))) and len(history.epoch) > last + 1
+
+
+# How it is used ----
 
 
 def test_fit_from_epoch_0_into_a_folder_with_a_state_is_refused():
@@ -267,7 +421,7 @@ def test_wrong_arguments_are_named(arguments, name):
 
 def test_a_monitor_that_is_not_logged_is_an_error():
     with pytest.raises(ValueError, match="monitor: 'val_los' was not logged, only accuracy, loss"):
-        train("sgd", "run", monitor="val_los")
+        train("sgd", "run", monitor="val_los", mode="min")
 
 
 def test_uncompiled_unbuilt_and_foreign_models_are_refused():
@@ -352,27 +506,40 @@ DAMAGES = [
 ]
 
 
-def test_a_damaged_file_is_replaced_by_the_best_with_a_warning_and_kept():
-    interrupt("sgd", "good", 4)
-    expected = None
+def compiled(config="sgd"):
+    """A fresh compiled model of a config, as `train` makes it."""
+    keras.backend.clear_session()
+    make_model, make_optimizer, _ = CONFIGS[config]
+    model = make_model()
+    model.compile(make_optimizer(), "categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def test_a_damaged_file_is_replaced_by_the_best_with_a_warning_and_kept(stopped_once):
+    best = keras.models.load_model(stopped_once / BEST).get_weights()
+    model = compiled()
     for how in DAMAGES:
         shutil.rmtree("run", ignore_errors=True)
-        shutil.copytree("good", "run")
+        shutil.copytree(stopped_once, "run")
         damage(Path("run", SAVED), how)
         bad = Path("run", SAVED).read_bytes()
-        with pytest.warns(
-            UserWarning, match=r"saved_model.hdf5 cannot be used.*(?s:.*)what was trained after .* is lost"
-        ):
-            model, history, _ = train("sgd", "run")
+        said = r"saved_model.hdf5 cannot be used.*(?s:.*)what was trained after .* is lost"
+        with pytest.warns(UserWarning, match=said):
+            epoch = ResumableCheckpoint("run", settings={"batch": 16}).restore(model)
+        assert 0 < epoch <= 3, how
+        assert all((a == b).all() for a, b in zip(model.get_weights(), best, strict=True)), how
         (aside,) = Path("run").glob("saved_model.unusable-*.hdf5")
-        assert aside.read_bytes() == bad
-        assert history.epoch == list(range(EPOCHS))
-        expected = expected or history.history
-        assert history.history == expected, how
+        assert aside.read_bytes() == bad, how
 
 
-def test_if_nothing_is_usable_it_is_an_error_and_nothing_is_overwritten():
-    interrupt("sgd", "run", 3)
+def test_after_a_damage_training_goes_on_from_the_best(stopped_run):
+    damage(Path("run", SAVED), ("cut", 0.5))
+    with pytest.warns(UserWarning, match="what was trained after .* is lost"):
+        _, history, _ = train("sgd", "run")
+    assert history.epoch == list(range(EPOCHS))
+
+
+def test_if_nothing_is_usable_it_is_an_error_and_nothing_is_overwritten(stopped_run):
     for name in (SAVED, BEST):
         damage(Path("run", name), ("flip", 0.5))
     before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
@@ -381,8 +548,7 @@ def test_if_nothing_is_usable_it_is_an_error_and_nothing_is_overwritten():
     assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
 
 
-def test_a_missing_saved_file_is_said():
-    interrupt("sgd", "run", 3)
+def test_a_missing_saved_file_is_said(stopped_run):
     Path("run", SAVED).unlink()
     with pytest.warns(UserWarning, match="saved_model.hdf5 is missing. Continuing from"):
         train("sgd", "run")
@@ -398,8 +564,7 @@ def test_weights_that_keras_saved_itself_are_refused_and_kept():
 # Mismatches ----
 
 
-def test_another_configuration_is_refused_with_the_differences():
-    interrupt("sgd", "run", 3)
+def test_another_configuration_is_refused_with_the_differences(stopped_run):
     before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
     with pytest.raises(ValueError, match=r"settings.batch: saved 16, now 32"):
         train("sgd", "run", settings={"batch": 32})
@@ -449,15 +614,16 @@ def mount(tmp_path):
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
     def call(options, flags=0):
-        return libc is not None and libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", flags, options) == 0
+        where = str(folder).encode()
+        return libc is not None and libc.mount(b"tmpfs", where, b"tmpfs", flags, options) == 0
 
     needs(call(b"size=400k"), "mounting a tmpfs")
     call.folder = folder
     yield call
-    libc.umount2(str(folder).encode(), 2)
+    libc.umount2(str(folder).encode(), MNT_DETACH)
 
 
-def test_a_full_disk_is_said_once_and_training_goes_on(mount, capsys):
+def test_a_full_disk_is_said_once_and_training_goes_on(mount, capsys, whole_run):
     filler = mount.folder / "filler"
 
     class Fill(keras.callbacks.Callback):
@@ -476,12 +642,13 @@ def test_a_full_disk_is_said_once_and_training_goes_on(mount, capsys):
     said = [str(w.message) for w in caught if "Could not save" in str(w.message)]
     assert len(said) == 1 and "epoch 2" in said[0] and "No space left" in said[0]
     assert "Saving works again: epoch 5" in capsys.readouterr().out
-    train("sgd", "whole")
-    assert same("whole", mount.folder / "run") == [True, True]
+    assert same(whole_run, mount.folder / "run") == [True, True]
 
 
 def test_a_read_only_mount_keeps_the_last_state_and_the_end_says_what_is_missing(mount):
-    readonly = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epoch == 2 and mount(b"size=400k", 33))
+    readonly = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: epoch == 2 and mount(b"size=400k", MS_RDONLY | MS_REMOUNT)
+    )
     with pytest.warns(UserWarning, match="Training ended, but nothing after epoch 2 is saved: .*Read-only"):
         train("sgd", mount.folder / "run", extra=[readonly])
     checkpoint = ResumableCheckpoint(mount.folder / "run", settings={"batch": 16})
@@ -490,7 +657,7 @@ def test_a_read_only_mount_keeps_the_last_state_and_the_end_says_what_is_missing
     assert checkpoint.restore(model) == 2
 
 
-def test_a_folder_that_vanishes_and_returns():
+def test_a_folder_that_vanishes_and_returns(whole_run):
     away = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: (
             os.rename("run", "gone") if epoch == 2 else os.rename("gone", "run") if epoch == 4 else None
@@ -498,8 +665,7 @@ def test_a_folder_that_vanishes_and_returns():
     )
     with pytest.warns(UserWarning, match="Could not save epoch 3"):
         train("sgd", "run", extra=[away])
-    train("sgd", "whole")
-    assert same("whole", "run") == [True, True]
+    assert same(whole_run, "run") == [True, True]
 
 
 # Copies on a Drive ----
@@ -512,21 +678,19 @@ def drive(tmp_path):
     return tmp_path / "drive" / "copies"
 
 
-def test_a_lost_machine_is_made_up_for_by_the_copies(drive, capsys):
-    train("sgd", "whole")
+def test_a_lost_machine_is_made_up_for_by_the_copies(drive, capsys, whole_run):
     interrupt("sgd", "first machine", 3, copy_to=drive)
     _, history, checkpoint = train("sgd", "second machine", copy_to=drive)
     assert "Continuing after epoch 3" in capsys.readouterr().out and history.epoch == list(range(EPOCHS))
     for folder in ("second machine", drive):
-        assert same("whole", folder) == [True, True]
+        assert same(whole_run, folder) == [True, True]
     shutil.rmtree("second machine")
     train("sgd", "third machine", copy_to=drive)  # where nothing is left to train
-    assert "This training is complete" in capsys.readouterr().out and same("whole", "third machine") == [True, True]
+    assert "This training is complete" in capsys.readouterr().out and same(whole_run, "third machine") == [True, True]
 
 
 @pytest.mark.parametrize("ahead", ["the copies", "the machine"])
-def test_whichever_is_further_is_continued(drive, ahead, capsys):
-    train("sgd", "whole")
+def test_whichever_is_further_is_continued(drive, ahead, capsys, whole_run):
     interrupt("sgd", "run", 2, copy_to=drive)
     shutil.copytree(drive, "older")
     interrupt("sgd", "run", 4, copy_to=drive)
@@ -535,16 +699,15 @@ def test_whichever_is_further_is_continued(drive, ahead, capsys):
     shutil.copytree("older", behind)
     train("sgd", "run", copy_to=drive)
     assert "Continuing after epoch 4" in capsys.readouterr().out.splitlines()[-1]
-    assert same("whole", "run") == same("whole", drive) == [True, True]
+    assert same(whole_run, "run") == same(whole_run, drive) == [True, True]
 
 
-def test_a_damaged_file_is_replaced_by_its_copy(drive):
-    train("sgd", "whole")
+def test_a_damaged_file_is_replaced_by_its_copy(drive, whole_run):
     interrupt("sgd", "run", 4, copy_to=drive)
     damage(Path("run", SAVED), ("flip", 0.5))
     with pytest.warns(UserWarning, match="saved_model.hdf5 cannot be used: its checksum"):
         train("sgd", "run", copy_to=drive)
-    assert same("whole", "run") == same("whole", drive) == [True, True]
+    assert same(whole_run, "run") == same(whole_run, drive) == [True, True]
 
 
 def test_copies_of_another_training_are_refused_and_left_alone(drive):
@@ -560,29 +723,27 @@ def test_copies_of_another_training_are_refused_and_left_alone(drive):
         model.fit(*images(), verbose=0, callbacks=[checkpoint])
 
 
-def test_a_drive_that_goes_away_and_returns(drive):
+def test_a_drive_that_goes_away_and_returns(drive, whole_run):
     aside = drive.with_name("gone")
-    away = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda epoch, logs: (
-            (time.sleep(0.3), drive.rename(aside))  # after the copying that goes on in the background
-            if epoch == 2
-            else (time.sleep(0.3), aside.rename(drive))
-            if epoch == 4
-            else None
-        )
-    )
+
+    def away(epoch, logs):
+        wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "copy checkpoints"])
+        if epoch == 2:
+            drive.rename(aside)
+        if epoch == 4:
+            aside.rename(drive)
+
+    away = keras.callbacks.LambdaCallback(on_epoch_end=away)
     with pytest.warns(UserWarning, match=f"Could not copy to {drive}: .*No such file"):
         train("sgd", "run", copy_to=drive, extra=[away])
-    train("sgd", "whole")
-    assert same("whole", "run") == same("whole", drive) == [True, True]
+    assert same(whole_run, "run") == same(whole_run, drive) == [True, True]
 
 
-def test_a_full_drive_costs_the_training_nothing(mount):
-    train("sgd", "whole")
+def test_a_full_drive_costs_the_training_nothing(mount, whole_run):
     (mount.folder / "filler").write_bytes(bytes(360_000))
     with pytest.warns(UserWarning, match="its end is not in .*No space left"):
         train("sgd", "run", copy_to=mount.folder / "copies")
-    assert same("whole", "run") == [True, True]
+    assert same(whole_run, "run") == [True, True]
     (mount.folder / "filler").unlink()
     train("plateau", "more", monitor="loss", copy_to=mount.folder / "copies")
     assert same("more", mount.folder / "copies") == [True, True]
@@ -602,13 +763,7 @@ def test_a_copy_that_stops_halfway_is_never_ahead_of_its_best_model(drive, monke
     assert there[0] == {BEST} and there[1] == {BEST, SAVED}
 
 
-class Hurried(ResumableCheckpoint):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._patience = 0.1
-
-
-def test_a_slow_drive_holds_up_nothing_but_the_end(drive, monkeypatch):
+def test_a_slow_drive_holds_up_nothing_but_the_end(drive, monkeypatch, whole_run):
     answers, write = threading.Event(), visual_callbacks._write
 
     def slow_write(path, data):
@@ -617,17 +772,12 @@ def test_a_slow_drive_holds_up_nothing_but_the_end(drive, monkeypatch):
         write(path, data)
 
     monkeypatch.setattr(visual_callbacks, "_write", slow_write)
-    monkeypatch.setattr(training, "ResumableCheckpoint", Hurried)
-    train("sgd", "whole")
+    monkeypatch.setattr(visual_callbacks, "COPY_PATIENCE", 0.1)
     with pytest.warns(UserWarning, match="its end is not in .*TimeoutError"):
         train("sgd", "run", copy_to=drive)
-    assert same("whole", "run") == [True, True] and not list(drive.iterdir())
+    assert same(whole_run, "run") == [True, True] and not list(drive.iterdir())
     answers.set()  # what waits is then written, the newest last
-    for _ in range(100):
-        time.sleep(0.05)
-        if (drive / SAVED).exists() and (drive / SAVED).read_bytes() == Path("whole", SAVED).read_bytes():
-            break
-    assert same("whole", drive) == [True, True]
+    wait_until(lambda: (drive / SAVED).exists() and same(whole_run, drive) == [True, True])
 
 
 def test_a_drive_that_is_not_mounted_is_an_error_before_training():
@@ -638,7 +788,7 @@ def test_a_drive_that_is_not_mounted_is_an_error_before_training():
 # NaN ----
 
 
-def test_nan_is_neither_best_nor_saved():
+def test_nan_is_neither_best_nor_saved(whole_run):
     class Poison(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 3:
@@ -650,8 +800,7 @@ def test_nan_is_neither_best_nor_saved():
     for name in (SAVED, BEST):
         assert all(np.isfinite(w).all() for w in keras.models.load_model(f"run/{name}").get_weights())
     _, history, _ = train("sgd", "run")
-    train("sgd", "whole")
-    assert same("whole", "run") == [True, True]
+    assert same(whole_run, "run") == [True, True]
 
 
 # Ctrl-C ----
@@ -665,7 +814,7 @@ def interrupts():
     signal.signal(signal.SIGINT, previous)
 
 
-def test_ctrl_c_says_where_it_continues_and_is_raised(capsys, interrupts):
+def test_ctrl_c_says_where_it_continues_and_is_raised(capsys, interrupts, whole_run):
     press = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
     with pytest.raises(KeyboardInterrupt) as stop:
         train("sgd", "run", extra=[Stop(3, press)])
@@ -673,8 +822,7 @@ def test_ctrl_c_says_where_it_continues_and_is_raised(capsys, interrupts):
     assert "Stopped. Run again to continue with epoch 4. [run]" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train("sgd", "run")
-    train("sgd", "whole")
-    assert same("whole", "run") == [True, True]
+    assert same(whole_run, "run") == [True, True]
     with pytest.raises(KeyboardInterrupt):  # after training: nothing is said
         os.kill(os.getpid(), signal.SIGINT)
     assert "Stopped" not in capsys.readouterr().out
@@ -740,11 +888,10 @@ HOSTILE = [external_link, soft_link, virtual_dataset, external_storage, absurd_s
 
 
 @pytest.mark.parametrize("change", HOSTILE)
-def test_a_hostile_file_opens_no_other_file_and_takes_no_memory(change, monkeypatch):
+def test_a_hostile_file_opens_no_other_file_and_takes_no_memory(change, monkeypatch, stopped_run):
     with h5py.File("secret.hdf5", "w") as file:
         file["secret"] = np.ones(3, "f4")
     Path("secret.bin").write_bytes(bytes(12))
-    interrupt("sgd", "run", 3)
     Path("run", BEST).unlink()
     forge(change)
     loads = []
@@ -755,15 +902,14 @@ def test_a_hostile_file_opens_no_other_file_and_takes_no_memory(change, monkeypa
 
 
 @pytest.mark.parametrize("change", [lambda file: None, endless_groups])
-def test_a_forged_checksum_alone_is_accepted_so_that_the_tests_above_test_something(change):
+def test_a_forged_checksum_alone_is_accepted_so_that_the_tests_above_test_something(change, stopped_run):
     """A group that contains itself is harmless, as long as it is walked only once."""
-    interrupt("sgd", "run", 3)
+    Path("run", BEST).unlink()  # which would take over, were the forged one refused
     forge(change)
-    train("sgd", "run")
+    assert ResumableCheckpoint("run", settings={"batch": 16}).restore(compiled()) == 3
 
 
-def test_an_unusable_file_gives_way_to_the_best_one():
-    interrupt("sgd", "run", 3)
+def test_an_unusable_file_gives_way_to_the_best_one(stopped_run):
     with h5py.File("secret.hdf5", "w") as file:
         file["secret"] = np.ones(3, "f4")
     forge(external_link)
@@ -771,8 +917,7 @@ def test_an_unusable_file_gives_way_to_the_best_one():
         train("sgd", "run")
 
 
-def test_a_lambda_layer_in_the_file_runs_no_code():
-    interrupt("sgd", "run", 3)
+def test_a_lambda_layer_in_the_file_runs_no_code(stopped_run):
 
     def change(file):
         config = json.loads(file.attrs["model_config"])
@@ -787,8 +932,7 @@ def test_a_lambda_layer_in_the_file_runs_no_code():
     train("sgd", "run")  # the file's config is never turned into a model
 
 
-def test_a_huge_file_is_not_read():
-    interrupt("sgd", "run", 3)
+def test_a_huge_file_is_not_read(stopped_run):
     Path("run", BEST).unlink()
     with open(Path("run", SAVED), "r+b") as file:
         file.truncate(2**40)

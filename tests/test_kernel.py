@@ -2,13 +2,10 @@
 
 import nbformat
 import pytest
-from conftest import ROOT
 from nbclient import NotebookClient
 
 pytestmark = pytest.mark.colab
-SETUP = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
+SETUP = """
 import keras, numpy as np
 from visual_callbacks import AccLossPlotter, ConfusionMatrixPlotter
 x, y = np.random.default_rng(0).normal(size=(30, 4)).astype("float32"), np.eye(3)[np.arange(30) % 3]

@@ -1,5 +1,8 @@
 """The plotters outside a kernel: what they draw, what they write, what they refuse."""
 
+import copy
+import datetime
+import warnings
 from types import SimpleNamespace
 
 import keras
@@ -113,6 +116,103 @@ def test_the_seam_of_a_resumed_training_is_marked(data, build):
     assert curve(plotter.figure, 1, "resumed after epoch 2")[0] == [2.5, 2.5]
     fit(model, x, np.eye(3)[y], [plotter], epochs=2)  # from the start again: the old curve is gone
     assert curve(plotter.figure, 1, "training")[0] == [1, 2]
+
+
+# What is better ----
+
+
+@pytest.mark.parametrize(
+    "name, epoch",
+    [("accent_loss", 2), ("f1_loss", 2), ("iou_loss", 2), ("mae", 2), ("accuracy", 3), ("auc", 3)]
+    + [("dice", None), ("psnr", None), ("accents", None)],
+)
+def test_the_best_epoch_is_marked_where_it_is_known_what_is_better(name, epoch):
+    said = key(plot_history({name: [3.0, 1.0, 5.0]}, [name]).axes[0])
+    assert [text.split()[-1] for text in said if text.startswith("best")] == ([str(epoch)] if epoch else [])
+
+
+def test_keras_is_asked_what_is_better_of_a_compiled_metric(data, build):
+    plotter = AccLossPlotter(["overlap"], verbose=0)
+    model = build(metrics=[keras.metrics.OneHotMeanIoU(3, name="overlap")])
+    history = fit(model, data[0], np.eye(3)[data[1]], [plotter], epochs=4)
+    best = max(history.history["val_overlap"])
+    for figure in (plotter.figure, plot_history(history, ["overlap"])):
+        assert any(text.startswith(f"best {best:.4g}") for text in key(figure.axes[0]))
+
+
+# Nothing that only draws ends a training ----
+
+ODD = {
+    "a string": "warm-up",
+    "a date": datetime.datetime(2026, 1, 1),
+    "a dict": {"a": 1},
+    "ragged": [[1], [1, 2]],
+    "complex": 1 + 2j,
+    "too large": 1e308,
+    "None": None,
+    "empty": np.zeros(0),
+}
+
+
+@pytest.mark.parametrize("name", ["phase", "loss"])
+def test_a_value_that_cannot_be_drawn_is_said_once_and_the_rest_is_drawn(data, build, name):
+    x, y = data[0], np.eye(3)[data[1]]
+    model = build()
+    for odd, value in ODD.items():
+
+        def add(epoch, logs, odd=odd, value=value):
+            logs[name] = -value if odd == "too large" and epoch == 1 else value
+
+        plotter = AccLossPlotter()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            history = fit(model, x, y, [keras.callbacks.LambdaCallback(on_epoch_end=add), plotter])
+        said = [str(warning.message) for warning in caught if "drawn" in str(warning.message)]
+        assert len(said) == (name == "loss"), (odd, said)
+        assert curve(plotter.figure, 0, "validation")[1] == history.history["val_accuracy"], odd
+    again = AccLossPlotter(verbose=0)  # and a later training of this model is not harmed
+    history = fit(model, x, y, [again], epochs=2)
+    assert curve(again.figure, 1, "training")[1] == history.history["loss"]
+
+
+def test_names_are_not_read_as_mathematics(data, build):
+    x, y = data
+    names = ["5$_^$", "a$b", "$\\frac{1$"]
+    plotter, curves = ConfusionMatrixPlotter(x, y, names, title="5$_^$"), AccLossPlotter(["5$_^$"], title="5$_^$")
+    add = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update({"5$_^$": 1.0}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(build(), x, np.eye(3)[y], [add, plotter, curves], epochs=1)
+    assert plotter.figure.axes[0].get_xticklabels()[0].get_text() == "5$_^$"
+
+
+def test_a_picture_that_fails_is_said_once_and_tried_again(data, build, monkeypatch):
+    model, plotter = build(), ConfusionMatrixPlotter(*data, CLASSES)
+
+    def fail(*_, **__):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(type(model), "predict", fail)
+    with pytest.warns(UserWarning, match="ConfusionMatrixPlotter cannot draw: RuntimeError.*Training goes on") as said:
+        history = fit(model, data[0], np.eye(3)[data[1]], [plotter], epochs=3)
+    assert len(said) == 1 and history.epoch == [0, 1, 2]
+
+
+def test_a_metric_with_a_value_a_class_is_drawn_by_its_mean(data, build):
+    plotter = AccLossPlotter(["f1_score"], verbose=0)
+    history = fit(build(metrics=[keras.metrics.F1Score()]), data[0], np.eye(3)[data[1]], [plotter])
+    means = [float(np.mean(values)) for values in history.history["f1_score"]]
+    for figure in (plotter.figure, plot_history(history, ["f1_score"])):
+        assert np.allclose(curve(figure, 0, "training")[1], means)
+
+
+def test_plotters_can_be_copied_deeply_as_tuners_do(data, build):
+    x, y = data
+    plotters = [AccLossPlotter(verbose=0), ConfusionMatrixPlotter(x, y, CLASSES)]
+    for _ in range(2):
+        plotters = copy.deepcopy(plotters)  # the second time, they have drawn
+        fit(build(), x, np.eye(3)[y], plotters, epochs=1)
+    assert curve(plotters[0].figure, 1, "training")[0] == [1]
 
 
 def curves(epochs):
@@ -294,12 +394,71 @@ def test_the_compiled_metric_saves_the_second_prediction(data, build, one_hot, m
     assert matrices[0].tolist() == [[int(((true == i) & (predicted == j)).sum()) for j in range(3)] for i in range(3)]
 
 
-def test_other_validation_images_than_the_metrics_are_predicted(data, build):
+class Matrices(keras.callbacks.Callback):
+    """What a plotter takes for the matrix at the end of each epoch, and what it is."""
+
+    def __init__(self, plotter, x, y):
+        super().__init__()
+        self.plotter, self.x, self.y = plotter, x, y
+        self.shown, self.right = [], []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.shown.append(self.plotter.confusion_matrix().tolist())
+        predicted = self.model.predict(self.x, verbose=0).argmax(1)
+        self.right.append([[int(((self.y == i) & (predicted == j)).sum()) for j in range(3)] for i in range(3)])
+
+
+@pytest.mark.parametrize(
+    "validation", ["other images", "none", "every second epoch", "weighted", "other images before"]
+)
+def test_a_compiled_metrics_matrix_of_other_images_is_not_taken(data, build, validation):
+    """All these sets have as many images of each class."""
     x, y = data
+    ours, labels = -x[30:60], y[30:60]
+    plotter = ConfusionMatrixPlotter(ours, labels, CLASSES)
+    look = Matrices(plotter, ours, labels)
     model = build(metrics=[keras.metrics.OneHotMeanIoU(3)])
-    plotter = ConfusionMatrixPlotter(x[30:], y[30:], CLASSES)
-    fit(model, x, np.eye(3)[y], [plotter], epochs=1)
-    assert plotter.confusion_matrix().sum() == 60
+    one_hot = np.eye(3)
+    options = {
+        "other images": {"validation_data": (x[:30], one_hot[y[:30]])},
+        "none": {},
+        "every second epoch": {"validation_data": (ours, one_hot[labels]), "validation_freq": 2},
+        "weighted": {"validation_data": (ours, one_hot[labels], np.r_[np.full(15, 2.0), np.zeros(15)])},
+        "other images before": {"validation_data": (ours, one_hot[labels])},
+    }[validation]
+    callbacks = [plotter, look]
+    if validation == "other images before":  # which the metric holds when the plotter is asked
+        other = lambda epoch, logs: model.evaluate(x[:30], one_hot[y[:30]], verbose=0)  # noqa: E731
+        callbacks.insert(0, keras.callbacks.LambdaCallback(on_epoch_end=other))
+    model.fit(x[30:60], one_hot[y[30:60]], 10, 4, verbose=0, callbacks=callbacks, **options)
+    assert look.shown == look.right
+    plotter.model.set_weights([-weights for weights in model.get_weights()])
+    look.on_epoch_end(4)
+    assert look.shown == look.right  # after training, too
+
+
+def test_several_labels_an_image_are_refused(data):
+    labels = np.eye(3)[data[1]]
+    labels[5, :2] = 1
+    with pytest.raises(ValueError, match="Y_val: expected one label an image"):
+        ConfusionMatrixPlotter(data[0], labels, CLASSES)
+    with pytest.raises(ValueError, match="Y_val: expected one label an image"):
+        ConfusionMatrixPlotter(data[0], 0.9 * np.eye(3)[data[1]], CLASSES)
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_one_output_is_cut_where_its_loss_has_the_middle(data, build, from_logits):
+    x, y = data
+    y = (y == 1).astype(int)
+    model = build(keras.losses.BinaryCrossentropy(from_logits=from_logits), outputs=1)
+    if from_logits:
+        model.layers[-1].activation = keras.activations.linear
+    model.layers[-1].bias.assign([0.3 if from_logits else -0.3])
+    plotter = ConfusionMatrixPlotter(x, y, ["no", "yes"])
+    plotter.set_model(model)
+    predicted = model.predict(x, verbose=0)[:, 0] > (0 if from_logits else 0.5)
+    expected = [[int(((y == i) & (predicted == j)).sum()) for j in (0, 1)] for i in (0, 1)]
+    assert plotter.confusion_matrix().tolist() == expected
 
 
 def test_a_confusion_matrix_shows_counts_shares_and_recall():
@@ -380,7 +539,10 @@ def test_wrong_arguments_are_named(data, make, name):
         make(*data)
 
 
-def test_classes_that_do_not_match_the_model_are_an_error(data, build):
+def test_classes_that_do_not_match_the_model_are_an_error_before_training(data, build):
     x, y = data
+    began = []
+    note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: began.append(epoch))
     with pytest.raises(ValueError, match="classes: 4 names, but the model has 3 outputs"):
-        fit(build(), x, np.eye(3)[y], [ConfusionMatrixPlotter(x, y, [*CLASSES, "dog"])], epochs=1)
+        fit(build(), x, np.eye(3)[y], [note, ConfusionMatrixPlotter(x, y, [*CLASSES, "dog"])], epochs=1)
+    assert not began

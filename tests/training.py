@@ -1,14 +1,12 @@
 """A short training with everything random in it, for tests that interrupt it. Also a program:
 
-python tests/training.py CONFIG FOLDER [EPOCHS]   trains, or continues, and prints one line an epoch
+PYTHONPATH=. python tests/training.py CONFIG FOLDER [EPOCHS]   trains, or continues, and prints one line an epoch
 """
 
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import keras
 import numpy as np

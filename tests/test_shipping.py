@@ -4,14 +4,15 @@ import os
 import subprocess
 import sys
 
+import further_training
 import h5py
 import keras
 import numpy as np
+import pytest
+import ship
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "models"))
-import ship
-import train
+pytestmark = pytest.mark.slow
 
 
 def test_labels_are_mixed_in_the_shares_of_the_pixels():
@@ -19,7 +20,7 @@ def test_labels_are_mixed_in_the_shares_of_the_pixels():
     images = np.broadcast_to(labels[:, None, None], (9, 32, 32, 10)).copy()  # an image shows its label in every pixel
     before, kinds = images.copy(), set()
     for seed in range(40):
-        mixed, mixed_labels = train.mixed(images, labels, np.random.default_rng(seed))
+        mixed, mixed_labels = further_training.mixed(images, labels, np.random.default_rng(seed))
         assert mixed.dtype == mixed_labels.dtype == np.float32 and np.array_equal(images, before)
         np.testing.assert_allclose(mixed.mean((1, 2), dtype="float64"), mixed_labels, atol=1e-6)
         assert (mixed_labels.argmax(1) == np.arange(9)).all()  # the image itself has at least half
@@ -36,9 +37,9 @@ def test_it_goes_on_from_the_first_weights(tmp_path):
         arrays[f"y_{part}"] = np.arange(size) % 10
     np.savez(tmp_path / "made up.npz", **arrays)
     program = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'models')!r}); import train, training\n"
+        "import further_training as train, notebook_cells\n"
         "train.KNOBS.update(WIDTHS=[8, 8, 16], BATCH_SIZE=200, EPOCHS=2, FILTER_RATE=0.001)\n"
-        "model = training.cells_before_training(**train.KNOBS)['model']\n"
+        "model = notebook_cells.cells_before_training(**train.KNOBS)['model']\n"
         "model.set_weights([-w if w.ndim == 4 else w for w in model.get_weights()])\n"  # not what it begins with anyway
         "train.keras.Model(model.input, model.output).save('first.hdf5')\n"
         "train.main('first.hdf5', 'second')\n"
@@ -47,6 +48,7 @@ def test_it_goes_on_from_the_first_weights(tmp_path):
         "train.main('other.hdf5', 'second')"
     )
     env = {**os.environ, "CIFAR10_NPZ": str(tmp_path / "made up.npz")}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
     result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert "Validation accuracy: 0." in result.stdout and "(CIFAR-10, made up)" in result.stdout, result.stderr
     assert "first" in result.stderr.partition("ValueError")[2], result.stderr  # the folder is another training's

@@ -1,9 +1,9 @@
 """Renews what is committed from an executed run of the default preset; `make release` calls it.
 
-    python tests/release.py EXECUTED.ipynb
-    python tests/release.py --repository OWNER/NAME     writes the address into badge and first cell, before a run
+    python scripts/release.py EXECUTED.ipynb
+    python scripts/release.py --repository OWNER/NAME     writes the address into badge and first cell, before a run
 
-The run gives the notebook's outputs and the figures. (Weights to ship: models/train.py and models/ship.py.) The tests
+The run gives the notebook's outputs and the figures. (Weights to ship: further_training.py and ship.py.) The tests
 import `code_digest` from here, to notice a code cell edited since.
 """
 
@@ -30,18 +30,22 @@ def code_digest(notebook):
 
 
 def with_badge_to(text, repository):
-    """The text of a first page, its badge opening the notebook of this repository, owner/name on GitHub, in Colab."""
+    """The text of a first page with a badge below its title: it opens this repository's notebook in Colab."""
     address = f"https://colab.research.google.com/github/{repository}/blob/main/{NOTEBOOK.name}"
-    return re.sub(r"\(https://colab\.research\.google\.com/(?!assets)[^)]*\)", f"({address})", text)
+    badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
+    title, rest = text.split("\n\n", 1)
+    if rest.startswith("[![Open in Colab]"):
+        rest = rest.split("\n\n", 1)[1]
+    return f"{title}\n\n{badge}\n\n{rest}"
 
 
 def set_repository(notebook, repository):
-    """Writes the repository's address, owner/name on GitHub, into the badge and into the cell that needs it."""
+    """Writes the repository's address, owner/name on GitHub, into a badge and into the cell that needs it."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         sys.exit(f"REPOSITORY: expected owner/name, got {repository!r}")
-    badge, first = notebook.cells[:2]
-    badge.source = with_badge_to(badge.source, repository)
-    first.source = re.sub(r'repository = "[^"]*"', f'repository = "{repository}"', first.source)
+    first_page, first_code = notebook.cells[:2]
+    first_page.source = with_badge_to(first_page.source, repository)
+    first_code.source = re.sub(r'repository = "[^"]*"', f'repository = "{repository}"', first_code.source)
 
 
 def printed(notebook):

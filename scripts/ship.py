@@ -1,6 +1,6 @@
 """Several networks in one file, whose answer is the mean of theirs: how `best_model.hdf5` is put together.
 
-    CIFAR10_NPZ=cifar10.npz python models/ship.py FILE FILE...
+    CIFAR10_NPZ=cifar10.npz python scripts/ship.py FILE FILE...
 
 FILE: an HDF5 file with a whole model, such as the `best_model.hdf5` of a training. Prints the accuracy of each and of
 the new file, which then replaces models/best_model.hdf5.
@@ -19,7 +19,7 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 from keras import layers, ops  # noqa: E402
 
-TARGET = Path(__file__).parent / "best_model.hdf5"
+TARGET = Path(__file__).parent.parent / "models" / "best_model.hdf5"
 
 
 def mean_of(models):

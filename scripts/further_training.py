@@ -1,6 +1,6 @@
 """How the shipped networks came about: after the notebook's `full` preset, further trainings, each from the one before.
 
-    CIFAR10_NPZ=cifar10.npz python models/train.py FIRST FOLDER [SEED]
+    CIFAR10_NPZ=cifar10.npz PYTHONPATH=. python scripts/further_training.py FIRST FOLDER [SEED]
 
 FIRST: the `best_model.hdf5` of `make run PRESET=full`, then, with SEED 1, the `trained.hdf5` of the second training.
 FOLDER: where the checkpoint files go; interrupted, it continues from there. Runs the notebook's own cells up to its
@@ -19,11 +19,9 @@ import zlib
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
+from notebook_cells import cells_before_training  # noqa: E402
 from ship import save  # noqa: E402
 
 from visual_callbacks import AccLossPlotter, ResumableCheckpoint  # noqa: E402
@@ -61,8 +59,6 @@ def in_bfloat16(conv):
 
 
 def main(first, folder, seed="0"):
-    from training import cells_before_training  # here, as there is another `training` among the tests
-
     first, folder = Path(first).absolute(), Path(folder).absolute()
     os.environ["CIFAR10_NPZ"] = str(Path(os.environ["CIFAR10_NPZ"]).absolute())
     with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):  # where the notebook's pictures go

@@ -1,6 +1,6 @@
 """One training by several processes, on one machine or on several: Keras on JAX. The README says what was tried.
 
-python benchmarks/several_machines.py 1 2 & python benchmarks/several_machines.py 0 2
+PYTHONPATH=. python scripts/several_machines.py 1 2 & PYTHONPATH=. python scripts/several_machines.py 0 2
 """
 
 import os
@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "jax"
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import keras  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
