@@ -1,4 +1,4 @@
-"""Keras callbacks that show a training as it happens and make sure that it is never lost.
+"""Keras callbacks that show a training as it happens, and save it so that an interruption loses one epoch at most.
 
 Copy this one file beside any Keras 3 notebook or script (TensorFlow, JAX or PyTorch backend). Quick start::
 
@@ -21,7 +21,7 @@ composed: numbers and metrics, drawing, showing, recording, the plotters; then t
 copies, and `ResumableCheckpoint` itself.
 
 A wrong argument is named at once in a ValueError or TypeError. The plotters take the arguments of chasingbob's
-keras-visuals; the idea to record apart from drawing is livelossplot's, that of a backup Keras's BackupAndRestore's.
+keras-visuals. The idea of recording apart from drawing is livelossplot's, that of a backup BackupAndRestore's in Keras.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ __all__ = ["AccLossPlotter", "ConfusionMatrixPlotter", "ResumableCheckpoint", "p
 
 
 # Numbers, metrics and arguments ---------------------------------------------------------------------------------------
-# What a logged value is worth, whether less or more of it is better, and what Keras does not tell its callbacks.
+# A logged value as a number, whether lower or higher is better, and what Keras does not tell its callbacks.
 
 # The last words of the names of which everyone knows what is better; of others, Keras may know (see `_direction`).
 _LESS_IS_BETTER = {"loss", "error", "mae", "mse", "rmse", "mape", "msle"}
@@ -72,7 +72,7 @@ def _expect(good, argument, wanted, got, error=ValueError):
 
 
 def _number(value):
-    """A logged value as one number: an array by its mean, what is no number as nan."""
+    """A logged value as one number: the mean of an array, nan for anything that is not a number."""
     if isinstance(value, float):  # first, as NumPy would take its time over thousands of epochs
         return value
     try:
@@ -96,10 +96,11 @@ def _direction(name, model=None):
         return "max"
     if model is None:
         return None
+    # EarlyStopping finds out in its first on_epoch_end, and keeps it in `monitor_op`. In epoch 0 it stops nothing.
     asked = keras.callbacks.EarlyStopping(name)
     asked.set_model(model)
     try:
-        asked.on_epoch_end(0, {name: 0.0})  # in which it finds out; nothing is stopped in epoch 0
+        asked.on_epoch_end(0, {name: 0.0})
     except ValueError:
         return None
     return "max" if asked.monitor_op(1.0, 0.0) else "min"
@@ -122,18 +123,19 @@ def _arguments_of(method, model):
 # Drawing --------------------------------------------------------------------------------------------------------------
 # Functions from data to a Matplotlib Figure. They leave pyplot alone and can draw again in a figure that they made.
 
-TRAINING, VALIDATION, MUTED = "#0072B2", "#D55E00", "#595959"  # Okabe and Ito's colours, safe for colour-blind readers
+# Okabe and Ito's colours, safe for colour-blind readers.
+TRAINING, VALIDATION, MUTED = "#0072B2", "#D55E00", "#595959"
 _TOO_LARGE_TO_DRAW = 1e100  # Matplotlib's axes fail where the square of a value overflows
 
 
 def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title="", figure=None):
-    """Draws one panel a graph: the training curve, the validation curve, the best epoch. Returns a Matplotlib Figure.
+    """Draws one panel per graph: the training curve, the validation curve, the best epoch. Returns a Matplotlib Figure.
 
     The best epoch is marked where it is known what is better: by the metric's name or, for a History, by Keras.
 
     Args:
         history: what `fit` returned, or a dict of lists by metric name; `"epoch"` may list the epochs, from 0. Of an
-            array that was logged (`F1Score()` has one value a class) the mean is drawn.
+            array that was logged (`F1Score()` has one value per class) the mean is drawn.
         graphs: metric names; `"acc"` finds whatever accuracy was logged.
         resumed_at: epoch (from 0) at which a resumed training began; a vertical line marks it.
         title: text above the panels.
@@ -201,7 +203,8 @@ def _find_metric(graph, names):
     """The name under which a graph's metric was logged; None where it was not."""
     if graph in names:
         return graph
-    if graph in ("acc", "accuracy"):  # Keras 2 logged `acc`; Keras 3 logs `accuracy`, `binary_accuracy` and their kin
+    # Keras 2 logged `acc`; Keras 3 logs `accuracy`, `binary_accuracy` and their kin.
+    if graph in ("acc", "accuracy"):
         for name in names:
             if re.fullmatch("acc|(?!val_).*accuracy", name):
                 return name
@@ -223,7 +226,8 @@ def _best_point(curves, direction):
         return None
     for label in ("validation", "training"):
         x, y = curves[label]
-        is_whole = x % 1 == 0  # an epoch that is going on has a fraction, and cannot be the best yet
+        # An epoch that is going on has a fraction, and cannot be the best yet.
+        is_whole = x % 1 == 0
         if is_whole.any():
             x, y = x[is_whole], y[is_whole]
             index = y.argmax() if direction == "max" else y.argmin()
@@ -372,6 +376,7 @@ class _Display:
     def _write(self, png):
         partial = self._path.with_name(f"{self._path.stem}.tmp.png")
         with contextlib.suppress(OSError):  # a full disk costs a picture, never the training
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(png)
             partial.replace(self._path)
 
@@ -391,11 +396,12 @@ class _Recorder(keras.callbacks.Callback):
         return self._of_models.setdefault(self.model, {})
 
     def on_epoch_begin(self, epoch, logs=None):
-        earlier = {past: logs for past, logs in self._records.items() if past < epoch}
-        self._of_models[self.model] = earlier
+        # A training that begins anew, or further back, forgets what it is going to train again.
+        self._of_models[self.model] = {past: kept for past, kept in self._records.items() if past < epoch}
 
     def on_epoch_end(self, epoch, logs=None):
-        self._records[epoch] = {} if logs is None else logs  # no copy: callbacks later in the list add to it
+        # No copy: callbacks later in the list add to it.
+        self._records[epoch] = {} if logs is None else logs
 
 
 def _as_history(records):
@@ -405,7 +411,7 @@ def _as_history(records):
 
 
 # The plotters ---------------------------------------------------------------------------------------------------------
-# When to draw, and what: one picture each. Nothing that goes wrong in them ends a training.
+# When to draw, and what: one picture each. What goes wrong while drawing never ends a training.
 
 
 class _Plotter(_Recorder):
@@ -446,13 +452,13 @@ def _duration(seconds):
 
 
 class AccLossPlotter(_Plotter):
-    """Redraws the curves after each epoch, and every two seconds inside a long one, with best epoch, seam, time left.
+    """Redraws the curves after each epoch, and every two seconds in a long one, with best epoch, seam and time left.
 
     Args:
         graphs: the panels, by metric name; `"acc"` stands for whatever accuracy is logged.
         save_graph: also keep the picture current in the file `path`. Without a kernel (a plain script) it always is.
         title: text above the panels, before the progress.
-        verbose: 1 prints one line an epoch, with the values drawn, 0 nothing.
+        verbose: 1 prints one line per epoch, with the values drawn, 0 nothing.
 
     Raises:
         ValueError: `graphs` is no list of names, or `verbose` neither 0 nor 1.
@@ -483,8 +489,9 @@ class AccLossPlotter(_Plotter):
 
     def on_train_batch_end(self, batch, logs=None):
         steps = self.params.get("steps")
-        if steps and time.monotonic() - self._drawn >= 2:
+        if steps and time.monotonic() - self._drawn_at >= 2:
             done = (batch + 1) / steps
+            # As records count from 0: epoch 0.5 is drawn at 1.5.
             running = {self._epoch + done - 1: logs or {}}
             self._redraw(f"{done:.0%} of epoch {self._position}, {self._left(done)} left", running)
 
@@ -504,7 +511,8 @@ class AccLossPlotter(_Plotter):
             self._redraw("nothing was trained")
             return
         progress = f"{max(self._records) + 1} epochs"
-        if self._seconds and not self._resumed_at:  # how long the epochs before a restart took is not known
+        # How long the epochs before a restart took is not known.
+        if self._seconds and not self._resumed_at:
             progress += f" in {_duration(time.monotonic() - self._began)}"
         self._redraw(progress)
 
@@ -524,19 +532,21 @@ class AccLossPlotter(_Plotter):
 
     def _say_what_is_not_drawn(self, values):
         for name, value in values.items():
-            # That a loss is nan or infinite is not said here: trainings end like this, it is no mistake in the logs.
-            is_usual = isinstance(value, float) and not math.isfinite(value)
-            if abs(_number(value)) < _TOO_LARGE_TO_DRAW or is_usual or name in self._not_drawn:
+            is_drawn = abs(_number(value)) < _TOO_LARGE_TO_DRAW
+            # A loss that is nan or infinite is a training that went wrong, not an odd value in the logs.
+            is_nan_or_infinite = isinstance(value, float) and not math.isfinite(value)
+            if is_drawn or is_nan_or_infinite or name in self._not_drawn:
                 continue
             self._not_drawn.add(name)
             warnings.warn(f"{name} cannot be drawn where it is no number or too large, such as {value!r}.")
 
     def _draw(self, progress, running=()):
-        self._drawn = time.monotonic()
+        self._drawn_at = time.monotonic()
         parts = [progress]
         if self.title:
             parts.insert(0, self.title)
-        with contextlib.suppress(AttributeError, TypeError, ValueError):  # not every optimizer has one learning rate
+        # Not every optimizer has one learning rate.
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
             parts.append(f"learning rate {float(self.model.optimizer.learning_rate):.3g}")
         records = self._records | dict(running)
         names = dict.fromkeys(name for logs in records.values() for name in logs)
@@ -548,19 +558,19 @@ class AccLossPlotter(_Plotter):
 class ConfusionMatrixPlotter(_Plotter):
     """Redraws the confusion matrix of a validation set after each epoch.
 
-    Compile `keras.metrics.OneHotMeanIoU(len(classes))` (`MeanIoU` for integer labels) as a metric, and pass the same
-    arrays here and as `validation_data`: that metric then holds the matrix, and nothing is predicted a second time.
-    Otherwise the images are predicted.
+    Compile `keras.metrics.OneHotMeanIoU(len(classes))` as a metric (for integer labels,
+    `MeanIoU(len(classes), sparse_y_pred=False)`), and pass the same arrays here and as `validation_data`: that metric
+    then holds the matrix, and nothing is predicted a second time. Otherwise the images are predicted.
 
     Args:
         X_val: images, an array whose first axis counts them.
-        Y_val: one label an image: integers of shape (n,) or (n, 1), or one-hot of shape (n, classes).
+        Y_val: one label per image: integers of shape (n,) or (n, 1), or one-hot of shape (n, classes).
         classes: the class names, in the order of the labels.
         normalize, cmap, title: as for `plot_confusion_matrix`. save_graph, path: as for `AccLossPlotter`.
         every: redraw after every so many epochs.
 
     Raises:
-        ValueError: labels that are not one class an image, names that do not match them, or, when training begins,
+        ValueError: labels that are not one class per image, names that do not match them, or, when training begins,
             a model with another number of outputs.
     """
 
@@ -584,13 +594,18 @@ class ConfusionMatrixPlotter(_Plotter):
         self.labels = _class_indices(Y_val, len(X_val), len(classes))
         self.title = title
         self.every = every
-        self._images = np.bincount(self.labels, minlength=len(classes))  # of each class
-        self._validated = None  # images of the last validation pass that were found to be ours
-        self._held = None  # the matrix that a compiled metric held at its end
+        self._class_sizes = np.bincount(self.labels, minlength=len(classes))
+        # Validation images that were compared with X_val and found to be the same.
+        self._same_images = None
+        # That a compiled metric held at the end of the last validation pass.
+        self._metric_matrix = None
+        self._in_fit = False
         self._outputs = None  # of the model, as soon as it is built
 
     def on_train_begin(self, logs=None):
-        self._held = None
+        self._metric_matrix = None
+        self._same_images = None
+        self._in_fit = True
         outputs = getattr(self.model, "output_shape", None) if self.model.built else None
         if isinstance(outputs, tuple) and isinstance(outputs[-1], int):
             self._check_outputs(outputs[-1])
@@ -598,11 +613,11 @@ class ConfusionMatrixPlotter(_Plotter):
 
     def on_epoch_begin(self, epoch, logs=None):
         super().on_epoch_begin(epoch, logs)
-        self._held = None  # it was of the epoch before
+        self._metric_matrix = None  # it was of the epoch before
 
     def on_test_end(self, logs=None):
-        # The end of a validation pass, or of an `evaluate` of the user's own: only of our images the matrix is taken.
-        self._held = self._matrix_held_by_a_metric()
+        if self._in_fit:  # a validation pass has ended, perhaps over other images than ours
+            self._metric_matrix = self._matrix_held_by_a_metric()
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
@@ -610,7 +625,8 @@ class ConfusionMatrixPlotter(_Plotter):
             self._redraw(epoch)
 
     def on_train_end(self, logs=None):
-        self._held = None  # from here on, the model may be changed
+        self._metric_matrix = None  # from here on, the model may be changed
+        self._in_fit = False
         last = max(self._records, default=None)
         if last != self._drawn_epoch:  # `every` left it out
             self._redraw(last)
@@ -619,7 +635,7 @@ class ConfusionMatrixPlotter(_Plotter):
         self._drawn_epoch = epoch
         if epoch is None:
             when = "starting"
-            matrix = np.zeros((len(self._images), len(self._images)))
+            matrix = np.zeros((len(self._class_sizes), len(self._class_sizes)))
         else:
             when = f"epoch {epoch + 1}"
             matrix = self.confusion_matrix()
@@ -627,9 +643,12 @@ class ConfusionMatrixPlotter(_Plotter):
         return plot_confusion_matrix(matrix, *self._style, f"{self.title} · {when}", ax)
 
     def confusion_matrix(self):
-        """Counts of shape (classes, classes), true class by row, of the model as it is now."""
-        if self._held is not None:
-            return self._held
+        """Counts of shape (classes, classes), true class by row: of the model as it is now.
+
+        In `on_epoch_end` it is what the validation pass of this epoch has counted, where that is known.
+        """
+        if self._metric_matrix is not None:
+            return self._metric_matrix
         scores = self.model.predict(self.X_val, batch_size=500, verbose=0)
         if not hasattr(scores, "shape"):
             raise ValueError(f"model: expected one output, got {len(scores)}")
@@ -639,12 +658,12 @@ class ConfusionMatrixPlotter(_Plotter):
             predicted = scores[:, 0] > _threshold(self.model, scores)
         else:
             predicted = scores.argmax(axis=1)
-        count = len(self._images)
+        count = len(self._class_sizes)
         pairs = self.labels * count + predicted
         return np.bincount(pairs, minlength=count * count).reshape(count, count)
 
     def _check_outputs(self, outputs):
-        count = len(self._images)
+        count = len(self._class_sizes)
         if outputs != count and not (count == 2 and outputs == 1):
             raise ValueError(f"classes: {count} names, but the model has {outputs} outputs")
         self._outputs = outputs
@@ -652,7 +671,7 @@ class ConfusionMatrixPlotter(_Plotter):
     def _matrix_held_by_a_metric(self):
         """The matrix of a compiled metric after a validation pass, if that was over our images, else None."""
         passed = _arguments_of("evaluate", self.model)
-        count = len(self._images)
+        count = len(self._class_sizes)
         if passed.get("sample_weight") is not None or self._outputs != count:
             return None
         if not self._are_ours(passed.get("x"), passed.get("y")):
@@ -662,20 +681,20 @@ class ConfusionMatrixPlotter(_Plotter):
             metrics += [metric, *getattr(metric, "metrics", [])]
         matrices = _values(metric.total_cm for metric in metrics if hasattr(metric, "total_cm"))
         for held in matrices:
-            if held.shape == (count, count) and (held.sum(axis=1) == self._images).all():
+            if held.shape == (count, count) and (held.sum(axis=1) == self._class_sizes).all():
                 return held
         return None
 
     def _are_ours(self, images, labels):
         if images is None:
             return False
-        if images is not self.X_val and images is not self._validated:
+        if images is not self.X_val and images is not self._same_images:
             arrays = isinstance(images, np.ndarray) and isinstance(self.X_val, np.ndarray)
             if not arrays or not np.array_equal(images, self.X_val):
                 return False
-            self._validated = images  # compared once a training, as that takes its time
+            self._same_images = images  # compared once per training, as that takes its time
         try:
-            return (_class_indices(labels, len(images), len(self._images)) == self.labels).all()
+            return (_class_indices(labels, len(images), len(self._class_sizes)) == self.labels).all()
         except ValueError:
             return False
 
@@ -686,7 +705,7 @@ def _class_indices(labels, size, count):
     labels = np.asarray(labels)
     if labels.shape == (size, count) and count > 1:
         is_one_hot = np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all()
-        _expect(is_one_hot, "Y_val", "one label an image, so one 1 in each one-hot row, all else 0", given)
+        _expect(is_one_hot, "Y_val", "one label per image: a single 1 in each one-hot row, all else 0", given)
         labels = labels.argmax(axis=1)
     if labels.shape == (size, 1):
         labels = labels[:, 0]
@@ -718,7 +737,8 @@ def _threshold(model, scores):
 SAVED, BEST = "saved_model.hdf5", "best_model.hdf5"
 _GROUP = "resumable_checkpoint"
 _MARK = b"SHA-256 of this file, with zeros for the 64 digits that follow: "
-_STATE = {"epoch", "next_epoch", "finished", "counters", "best", "best_epoch", "records", "random", "fingerprint"}
+_STATE_KEYS = {"epoch", "next_epoch", "finished", "best", "best_epoch", "counters", "records"}
+_STATE_KEYS |= {"random", "fingerprint"}
 
 
 class _Checkpoint(NamedTuple):
@@ -743,8 +763,8 @@ def _all_layers(model):
     return found
 
 
-def _keras_file(model, load_again=False):
-    """The bytes of the file that `model.save` writes; with `load_again`, only if Keras can load it again."""
+def _keras_bytes(model, load_again=False):
+    """The bytes of the file that `model.save` writes. With `load_again`, raises whatever Keras does on loading it."""
     logger = logging.getLogger("absl")
 
     def quiet(record):
@@ -754,7 +774,8 @@ def _keras_file(model, load_again=False):
         path = Path(folder, "model.hdf5")
         logger.addFilter(quiet)
         try:
-            model.save(path, include_optimizer=False)  # else Keras strips it from the live model's compile config
+            # With its optimizer, Keras would strip that from the compile config of the live model.
+            model.save(path, include_optimizer=False)
             if load_again:
                 own = {type(layer).__name__: type(layer) for layer in _all_layers(model)}
                 keras.models.load_model(path, custom_objects=own, compile=False, safe_mode=False)
@@ -763,12 +784,13 @@ def _keras_file(model, load_again=False):
         return path.read_bytes()
 
 
-def _pack(keras_file, state, arrays):
+def _pack(keras_bytes, state, arrays):
     """The bytes of a checkpoint: Keras's file with our group added."""
-    buffer = io.BytesIO(keras_file)
+    buffer = io.BytesIO(keras_bytes)
     with h5py.File(buffer, "r+") as file:
         text = json.dumps(_plain(state)).encode()
-        file[f"{_GROUP}/state"] = np.frombuffer(text, np.uint8)  # an attribute could hold 64 KB at most
+        # An attribute could hold 64 KB at most.
+        file[f"{_GROUP}/state"] = np.frombuffer(text, np.uint8)
         for name, values in arrays.items():
             file[f"{_GROUP}/arrays/{name}"] = values
         file[f"{_GROUP}/sha256"] = np.frombuffer(_MARK + b"0" * 64, np.uint8)
@@ -783,10 +805,13 @@ def _add_checksum(data):
 
 
 def _check_checksum(data):
-    start = data.find(_MARK) + len(_MARK)
-    with_zeros = data[:start] + b"0" * 64 + data[start + 64 :]
-    digest = hashlib.sha256(with_zeros).hexdigest().encode()
-    if _MARK not in data or data[start : start + 64] != digest:
+    is_right = False
+    if _MARK in data:
+        start = data.index(_MARK) + len(_MARK)
+        with_zeros = data[:start] + b"0" * 64 + data[start + 64 :]
+        digest = hashlib.sha256(with_zeros).hexdigest().encode()
+        is_right = data[start : start + 64] == digest
+    if not is_right:
         raise ValueError("its checksum is missing or wrong: it is empty, cut short, damaged, or not one of ours")
 
 
@@ -826,7 +851,7 @@ def _unpack(path, most_bytes):
         state = json.loads(datasets[f"{_GROUP}/state"][()].tobytes())
         start = f"{_GROUP}/arrays/"
         arrays = {name.removeprefix(start): datasets[name][()] for name in datasets if name.startswith(start)}
-    if state["format"] != 1 or not _STATE <= state.keys():
+    if state["format"] != 1 or not _STATE_KEYS <= state.keys():
         raise ValueError(f"its format ({state['format']}) is unknown to this version of visual_callbacks.py")
     return _Checkpoint(path, state, arrays)
 
@@ -842,7 +867,8 @@ def _write(path, data):
         if partial.read_bytes() != data:
             raise OSError(f"{partial} reads back differently from what was written")
         os.replace(partial, path)
-        with contextlib.suppress(OSError):  # on Windows and some network drives, folders cannot be flushed
+        # On Windows and some network drives, folders cannot be flushed.
+        with contextlib.suppress(OSError):
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)  # makes the rename last through a power cut
             os.close(folder)
@@ -898,7 +924,7 @@ def _fingerprint(model, callbacks, monitor, settings):
     return named | dict(_flat(_plain(parts)))
 
 
-def _check_match(saved, now):
+def _compare_fingerprints(saved, now):
     """Raises ValueError with the first ten differences between two fingerprints."""
     differences = []
     for name in {**saved, **now}:
@@ -976,7 +1002,7 @@ def _set_random_state(states):
 
 
 def _warn_of_workers(model):
-    """Warns of training data that reads ahead. Raises nothing, as it may be right all the same."""
+    """Warns of training data that reads ahead; a warning only, as data that needs no epoch is right all the same."""
     data = _arguments_of("fit", model).get("x")
     if isinstance(data, keras.utils.PyDataset) and data.workers > 1:
         warnings.warn(
@@ -989,7 +1015,7 @@ def _check_that_hdf5_can_hold(model):
     """Raises ValueError if Keras cannot save the model as HDF5 and load it again."""
     kept = _random_state()
     try:
-        _keras_file(model, load_again=True)
+        _keras_bytes(model, load_again=True)
     except OSError as error:
         warnings.warn(f"Could not try out whether this model can be saved: {error}")
     except Exception as error:  # whatever Keras raises is the reason to pass on
@@ -1023,11 +1049,13 @@ class _Files:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.copy_to = Path(copy_to) if copy_to else None
         if self.copy_to is not None:
-            self.copy_to.mkdir(exist_ok=True)  # without its parents: where a Drive is not mounted, that is an error
-        self._copying = None  # the thread
-        self._copying_failed = None  # the error of the last copying
+            # Without its parents: where a Drive is not mounted, that is an error.
+            self.copy_to.mkdir(exist_ok=True)
+        self._thread = None  # the thread
+        self._copy_error = None  # the error of the last copying
 
     def existing(self):
+        """Paths of the files that are there: of two of one name, that in the directory comes before its copy."""
         folders = [self.directory]
         if self.copy_to is not None:
             folders.append(self.copy_to)
@@ -1052,7 +1080,7 @@ class _Files:
         return usable, problems
 
     def set_aside(self, problems, chosen):
-        """Renames files that cannot be used, so that none is overwritten. Returns what to say about it."""
+        """Renames files that cannot be used, so that none of them is overwritten. Returns what to say about it."""
         said = "" if problems else f"{self.directory / SAVED} is missing. "
         for path, problem in problems.items():
             aside = path.replace(path.with_name(f"{path.stem}.unusable-{time.time_ns()}{path.suffix}"))
@@ -1068,10 +1096,10 @@ class _Files:
 
     def start_copying(self):
         """Copies both files in a thread, unless the last copying goes on: then the next call takes what is newest."""
-        if self.copy_to is None or (self._copying is not None and self._copying.is_alive()):
+        if self.copy_to is None or (self._thread is not None and self._thread.is_alive()):
             return
-        if self._copying_failed is not None:
-            why = f"Could not copy to {self.copy_to}: {self._copying_failed}."
+        if self._copy_error is not None:
+            why = f"Could not copy to {self.copy_to}: {self._copy_error}."
             warnings.warn(f"{why} Training goes on; each epoch tries again.")
         self._copy_in_thread(None)
 
@@ -1079,17 +1107,17 @@ class _Files:
         """Copies what is newest. Raises OSError if that fails or takes longer than COPY_PATIENCE (a TimeoutError)."""
         if self.copy_to is None:
             return
-        self._copy_in_thread(self._copying)
-        self._copying.join(COPY_PATIENCE)
-        if self._copying.is_alive():
+        self._copy_in_thread(self._thread)
+        self._thread.join(COPY_PATIENCE)
+        if self._thread.is_alive():
             raise TimeoutError(f"it did not answer for {COPY_PATIENCE} s")
-        if self._copying_failed is not None:
-            raise self._copying_failed
+        if self._copy_error is not None:
+            raise self._copy_error
 
     def _copy_in_thread(self, earlier):
         # A daemon, as the end of the program must not wait for a Drive that never answers.
-        self._copying = threading.Thread(target=self._copy, args=(earlier,), name="copy checkpoints", daemon=True)
-        self._copying.start()
+        self._thread = threading.Thread(target=self._copy, args=(earlier,), name="copy checkpoints", daemon=True)
+        self._thread.start()
 
     def _copy(self, earlier):
         if earlier is not None:
@@ -1102,9 +1130,9 @@ class _Files:
                 copy = self.copy_to / name
                 if not copy.exists() or copy.read_bytes() != data:
                     _write(copy, data)
-            self._copying_failed = None
+            self._copy_error = None
         except OSError as error:
-            self._copying_failed = error
+            self._copy_error = error
 
 
 # ResumableCheckpoint --------------------------------------------------------------------------------------------------
@@ -1126,7 +1154,8 @@ class _InterruptHandler:
         if checkpoint is not None:
             checkpoint._say_where_it_stopped()
         stop = KeyboardInterrupt()
-        stop._render_traceback_ = lambda: ["KeyboardInterrupt"]  # all that IPython shows: nothing is broken
+        # All that IPython shows: nothing is broken.
+        stop._render_traceback_ = lambda: ["KeyboardInterrupt"]
         raise stop
 
     def install(self):
@@ -1138,7 +1167,7 @@ class _InterruptHandler:
 
 
 class ResumableCheckpoint(_Recorder):
-    """Saves a training after every epoch so exactly that continuing it equals never having stopped.
+    """Saves a training after every epoch so exactly that continuing it equals never having stopped it.
 
     `saved_model.hdf5` is renewed after every epoch, `best_model.hdf5` when the monitored value improves. Plain Keras
     opens both, by `load_weights` or `load_model`, which returns an uncompiled model: a group of our own holds the
@@ -1151,7 +1180,7 @@ class ResumableCheckpoint(_Recorder):
     give it the order of the epoch before (keras#23283).
 
     Args:
-        directory: where the two files live, one directory a training; made if missing.
+        directory: where the two files live, one directory per training; made if missing.
         monitor: the logged value that `best_model.hdf5` goes by.
         callbacks: the other callbacks of this `fit` whose counters are kept (EarlyStopping, ReduceLROnPlateau, ...).
         settings: a dict of whatever else must be the same on resuming: batch size, seed, number of epochs, data.
@@ -1159,11 +1188,12 @@ class ResumableCheckpoint(_Recorder):
             of a name that everyone knows (loss, error, accuracy, ...) and asks Keras about compiled metrics.
         verbose: 1 says where training continues, 0 nothing; warnings are given in any case.
         copy_to: a second directory (on Google Drive, say) for copies of both files, made in the background and compared
-            byte for byte. While it is slow, full or gone, training goes on. `restore` takes whichever file is further.
+            byte for byte. While it is slow, full or gone, training goes on. Of the two `saved_model.hdf5`, `restore`
+            takes the one that is further along.
 
     Raises:
-        ValueError, TypeError: an argument is not as above; during the first batch, `mode="auto"` does not know whether
-            less or more of `monitor` is better; after the first epoch, `monitor` was not logged.
+        ValueError, TypeError: an argument is not as above. After the first batch: `mode="auto"` cannot tell whether a
+            lower or a higher `monitor` is better. After an epoch: `monitor` was not logged.
         FileNotFoundError: the parent of `copy_to` does not exist.
     """
 
@@ -1186,17 +1216,19 @@ class ResumableCheckpoint(_Recorder):
         self.best_path = self.directory / BEST
         self.best = None  # value and epoch of the best one so far
         self.best_epoch = None
-        self._mode = _direction(monitor) if mode == "auto" else mode  # None until Keras can be asked
+        # None until Keras can be asked.
+        self._mode = _direction(monitor) if mode == "auto" else mode
         if self._mode is None:
-            # Only then, as a callback that looks at batches makes Keras wait for each of them.
+            # As an attribute, so that other trainings have none: for a callback that has this method, Keras waits for
+            # every batch.
             self.on_train_batch_end = self._ask_keras
-        self._restored = None  # the _Checkpoint to continue from, until training has begun
-        self._restored_model = None  # the model it was loaded into
+        self._pending = None  # the _Checkpoint whose rest is put back when the first epoch begins
+        self._pending_model = None  # the model it was loaded into
         self._next_epoch = None  # the epoch to continue with, were training to stop now
         self._is_training = False
         self._failure = None  # why the last save failed
-        self._best_keras_file = None  # the bytes of Keras's file of a best epoch, until it is over
-        self._best_file = None  # the bytes of a best file that could not be written yet
+        self._best_keras_bytes = None  # the bytes of Keras's file of a best epoch, until it is over
+        self._best_packed = None  # the bytes of a best file that could not be written yet
 
     # Before training: back to where it stopped
 
@@ -1211,7 +1243,7 @@ class ResumableCheckpoint(_Recorder):
         """
         if not (getattr(model, "compiled", False) and model.built):
             raise ValueError("model: compile it and build it (begin it with keras.Input(shape)) before restore(model)")
-        self._restored = None
+        self._pending = None
         self._next_epoch = None
         self.best = None
         self.best_epoch = None
@@ -1239,14 +1271,14 @@ class ResumableCheckpoint(_Recorder):
             self._say_where_it_continues(chosen.state)
         return self._next_epoch
 
-    def _fingerprint(self, mode):
+    def _fingerprint_with(self, mode):
         return _fingerprint(self.model, self.callbacks, f"{self.monitor} ({mode})", self.settings)
 
     def _check_match(self, checkpoint):
         saved = checkpoint.state["fingerprint"]
         # Before Keras can be asked what is better, the file tells how that was decided.
         mode = self._mode or ("max" if saved["monitor"].endswith("(max)") else "min")
-        _check_match(saved, self._fingerprint(mode))
+        _compare_fingerprints(saved, self._fingerprint_with(mode))
 
     def _put_back(self, chosen):
         """Loads a checkpoint into model, optimizer and record. The rest has to wait until training begins."""
@@ -1258,8 +1290,8 @@ class ResumableCheckpoint(_Recorder):
             for index, variable in enumerate(variables):
                 variable.assign(chosen.arrays[f"{kind}/{index}"])
         self._records.update((record["epoch"], record["logs"]) for record in state["records"])
-        self._restored = chosen
-        self._restored_model = model
+        self._pending = chosen
+        self._pending_model = model
         self._next_epoch = state["next_epoch"]
         self.best = state["best"]
         self.best_epoch = state["best_epoch"]
@@ -1283,18 +1315,14 @@ class ResumableCheckpoint(_Recorder):
     # During training: the epochs
 
     def on_train_begin(self, logs=None):
-        if self._restored is not None and self._restored_model is not self.model:
+        if self._pending is not None and self._pending_model is not self.model:
             raise ValueError("restore(model) was called with another model than the one that is now being trained")
         _warn_of_workers(self.model)
         _check_that_hdf5_can_hold(self.model)
         self._is_training = False
         self._failure = None
-        self._best_keras_file = None
-        self._best_file = None
-        if self._restored is not None:
-            # What `fit` returns: Keras's History comes last and adds to the lists, but empties `epoch` when it begins.
-            # So that is filled in when the first epoch begins.
-            self.model.history.history = _as_history(self._records)
+        self._best_keras_bytes = None
+        self._best_packed = None
         _InterruptHandler(self).install()
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -1306,18 +1334,23 @@ class ResumableCheckpoint(_Recorder):
         self._check_first_epoch(epoch)
         self._is_training = True
         self._next_epoch = epoch
-        if self._restored is not None:
-            # By now every other callback has reset itself in its own on_train_begin.
-            self.model.history.epoch = list(self._records)
-            _set_counters(self.callbacks, self._restored.state["counters"], self._restored.arrays)
-            _set_random_state(self._restored.state["random"])
-            self._restored = None  # from here on, the live objects are ahead of it
-            self._restored_model = None
+        if self._pending is not None:
+            # By now every other callback has reset itself in its own on_train_begin, Keras's History among them.
+            self._fill_history()
+            _set_counters(self.callbacks, self._pending.state["counters"], self._pending.arrays)
+            _set_random_state(self._pending.state["random"])
+            self._pending = None  # from here on, the live objects are ahead of it
+            self._pending_model = None
+
+    def _fill_history(self):
+        """Puts the epochs from before into what `fit` returns."""
+        self.model.history.history = _as_history(self._records)
+        self.model.history.epoch = list(self._records)
 
     def _check_first_epoch(self, epoch):
         """Raises ValueError if `fit` begins anywhere but where `restore` said."""
-        if self._restored is not None and self._stopped_early(self._restored.state):
-            last = self._restored.state["epoch"]
+        if self._pending is not None and self._stopped_early(self._pending.state):
+            last = self._pending.state["epoch"]
             if epoch != last + 1:
                 raise ValueError(
                     f"This training was stopped early, after epoch {last + 1}. To train on from there, with more"
@@ -1328,13 +1361,13 @@ class ResumableCheckpoint(_Recorder):
             raise ValueError(f"fit began at epoch {epoch}, but {self.directory} holds a training unlike that. {remedy}")
 
     def _ask_keras(self, batch, logs=None):
-        """Finds out whether less or more of a compiled metric is better: with the first batch, Keras has built it."""
+        """Finds out whether a lower or a higher value is better: after the first batch, Keras has built its metrics."""
         if self._mode is None:
             self._mode = _direction(self.monitor, self.model)
         if self._mode is None:
             raise ValueError(
-                f"monitor: nobody knows whether less or more of {self.monitor!r} is better, as Keras has no compiled"
-                ' metric of this name and direction. Pass mode="min" or mode="max" to ResumableCheckpoint.'
+                f"monitor: cannot tell whether a lower or a higher {self.monitor!r} is better; neither can Keras."
+                ' Pass mode="min" or mode="max" to ResumableCheckpoint.'
             )
 
     def on_epoch_end(self, epoch, logs=None):
@@ -1348,7 +1381,8 @@ class ResumableCheckpoint(_Recorder):
         if self._is_best(value):
             self.best = value
             self.best_epoch = epoch
-            self._best_keras_file = _keras_file(self.model)  # now, as averaged weights (EMA) replace these at the end
+            # Now, as averaged weights (EMA) replace these at the end.
+            self._best_keras_bytes = _keras_bytes(self.model)
 
     def _is_best(self, value):
         if not math.isfinite(value):
@@ -1361,9 +1395,10 @@ class ResumableCheckpoint(_Recorder):
 
     def on_train_end(self, logs=None):
         if not self._is_training:  # nothing was left to train
-            self.model.history.epoch = list(self._records)
+            self._fill_history()
             return
-        for callback in self.callbacks:  # what EarlyStopping does in its own on_train_end, which may come after ours
+        # What EarlyStopping does in its own on_train_end, which may come after ours.
+        for callback in self.callbacks:
             if getattr(callback, "restore_best_weights", False) and callback.best_weights is not None:
                 self.model.set_weights(callback.best_weights)
         self._save(epochs_of_fit=self.params["epochs"])
@@ -1403,7 +1438,8 @@ class ResumableCheckpoint(_Recorder):
             print(f"Saving works again: epoch {epoch + 1} is in {self.saved_path}.", flush=True)
         self._failure = None
         self._next_epoch = state["next_epoch"]
-        self._files.start_copying()
+        if epochs_of_fit is None:  # at the end, it is waited for
+            self._files.start_copying()
 
     def _state(self, epoch, epochs_of_fit):
         """All that is saved beside Keras's part: plain data, and arrays by name."""
@@ -1423,16 +1459,16 @@ class ResumableCheckpoint(_Recorder):
             "counters": counters,
             "random": _random_state(),
             "records": [{"epoch": past, "logs": logs} for past, logs in self._records.items()],
-            "fingerprint": self._fingerprint(self._mode),
+            "fingerprint": self._fingerprint_with(self._mode),
         }
         return state, arrays
 
     def _write_files(self, state, arrays):
         # The best one first: were it second, a stop in between would leave a state that takes it for written.
-        if self._best_keras_file is not None:
-            self._best_file = _pack(self._best_keras_file, state, arrays)
-            self._best_keras_file = None
-        if self._best_file is not None:
-            _write(self.best_path, self._best_file)
-            self._best_file = None  # only now, so that a failed save of it is made up for later
-        _write(self.saved_path, _pack(_keras_file(self.model), state, arrays))
+        if self._best_keras_bytes is not None:
+            self._best_packed = _pack(self._best_keras_bytes, state, arrays)
+            self._best_keras_bytes = None
+        if self._best_packed is not None:
+            _write(self.best_path, self._best_packed)
+            self._best_packed = None  # only now, so that a failed save of it is made up for later
+        _write(self.saved_path, _pack(_keras_bytes(self.model), state, arrays))

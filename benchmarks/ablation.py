@@ -153,7 +153,7 @@ def finished(results):
 
 
 def table(results):
-    """The results as a Markdown table: README.md and the notebook show it."""
+    """The results as a Markdown table: docs/experiments.md and the notebook show it."""
     rows = finished(results)
     means = {name: statistics.mean(values) for name, values in rows}
     lines = ["| | validation accuracy | lowest to highest | seeds | change |", "| --- | --- | --- | --- | --- |"]

@@ -90,7 +90,7 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture(params=["notebook 6"] if OLD else ["lab", "notebook"])
+@pytest.fixture(params=["notebook 6"] if OLD else ["lab", pytest.param("notebook", marks=pytest.mark.slow)])
 def page(request, browser, tmp_path):
     """A page with the notebook opened in a front end, its kernel ready."""
     shutil.copy(ROOT / "visual_callbacks.py", tmp_path)

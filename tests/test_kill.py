@@ -10,6 +10,7 @@ import training
 from conftest import ROOT
 from kill import contents, kill_often
 
+pytestmark = pytest.mark.xdist_group("one uninterrupted training")
 training.prepare()
 NAMES = ["write", "flush", "fsync", "read back", "rename", "after rename", "fsync"]  # of one file
 

@@ -67,6 +67,15 @@ def cell_with(notebook, text):
     return index
 
 
+def until(checkout, text, more=""):
+    """Cuts the notebook in `checkout` off after the cell with `text`, and adds a cell with `more`."""
+    source = nbformat.read(checkout / NOTEBOOK.name, as_version=4)
+    source.cells = source.cells[: cell_with(source, text) + 1]
+    if more:
+        source.cells.append(nbformat.v4.new_code_cell(more))
+    nbformat.write(source, checkout / NOTEBOOK.name)
+
+
 def run(checkout, **knobs):
     """`make run`, with this environment; returns the executed notebook and what was printed."""
     arguments = [f"{name}={value}" for name, value in {**SMALL, **knobs}.items()]
@@ -113,6 +122,7 @@ def test_it_learns_on_the_stand_in_from_end_to_end(checkout):
     assert len(list((checkout / "models" / "runs").iterdir())) == 2  # other settings, another folder
 
 
+@pytest.mark.slow
 def test_an_interrupted_notebook_continues_to_the_same_result(checkout):
     whole = execute(checkout, EPOCHS=4)
     (folder,) = (checkout / "models" / "runs").iterdir()
@@ -224,9 +234,10 @@ def test_bad_data_files_are_errors_that_name_the_file(checkout):
 def test_a_named_file_is_used_and_named_in_the_results(checkout, monkeypatch):
     array_file(checkout / "my_copy.npz", count=800)
     monkeypatch.setenv("CIFAR10_NPZ", str(checkout / "my_copy.npz"))
-    text = printed(execute(checkout, EPOCHS=1))
-    assert "CIFAR-10, my copy: 800 images" in text and "stand-in" not in text
-    assert "(CIFAR-10, my copy)" in text.split("Test accuracy: ")[1]
+    until(checkout, "black_to_red")
+    notebook = execute(checkout)
+    assert "CIFAR-10, my copy: 800 images" in printed(notebook) and "stand-in" not in printed(notebook)
+    assert pictures(notebook, len(notebook.cells) - 1)
 
 
 def test_a_network_that_never_answers_is_given_up(checkout, monkeypatch):
@@ -234,22 +245,12 @@ def test_a_network_that_never_answers_is_given_up(checkout, monkeypatch):
         for scheme in ("http", "https"):
             monkeypatch.setenv(f"{scheme}_proxy", f"http://127.0.0.1:{silent.getsockname()[1]}")
         source = nbformat.read(checkout / NOTEBOOK.name, as_version=4)
-        source.cells = source.cells[: cell_with(source, "def load_data") + 1]
+        source.cells = source.cells[: cell_with(source, "data_name = load_data()") + 1]
         nbformat.write(source, checkout / NOTEBOOK.name)
         assert "DIGITS as a stand-in" in printed(execute(checkout))
 
 
 # Machines of our users ----
-
-
-def until(checkout, text, more="", drill=False):
-    """Cuts the notebook in `checkout` off after the cell with `text`, and adds a cell with `more`."""
-    source = nbformat.read(checkout / NOTEBOOK.name, as_version=4)
-    source.cells = source.cells[: cell_with(source, text) + 1]
-    if more:
-        source.cells.append(nbformat.v4.new_code_cell(more))
-    nbformat.write(source, checkout / NOTEBOOK.name)
-    return source
 
 
 def run_first_cells(last, before="", after="", **environment):
@@ -299,7 +300,7 @@ def test_certificates_are_certifis_where_there_are_none(tmp_path):
 
 
 def test_the_stand_in_says_why_there_is_no_data(checkout):
-    until(checkout, "def load_data")
+    until(checkout, "data_name = load_data()")
     said = printed(execute(checkout))
     why = said[said.index("CIFAR-10 could not be had, because:") : said.index("DIGITS as a stand-in")]
     assert "Connection refused" in why and "DATA_FILE" in said.split("DIGITS as a stand-in")[1]
@@ -345,11 +346,8 @@ def test_a_drill_that_did_not_train_fails_and_shows_why(checkout, what):
     first = cell_with(source, "x_train, x_val = np.split")
     source.cells = [*source.cells[: first + 1], *source.cells[at : at + 4]]
     nbformat.write(source, checkout / NOTEBOOK.name)
-    with pytest.raises(
-        papermill.PapermillExecutionError, match="the undisturbed training did not train all its epochs"
-    ):
+    with pytest.raises(papermill.PapermillExecutionError, match="no memory left"):  # the process's own words
         execute(checkout, drill=True)
-    assert "no memory left" in printed(nbformat.read(checkout / "out.ipynb", 4))
 
 
 def test_the_table_of_red_runs_from_dark_to_bright(checkout):
@@ -494,6 +492,7 @@ def draw_pictures(folder):
 
 
 @pytest.mark.colab
+@pytest.mark.slow
 def test_pictures_of_any_kind_are_classified_and_others_are_named_and_skipped(checkout, monkeypatch):
     good, bad = draw_pictures(checkout / "pictures")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -621,7 +620,6 @@ def test_the_notebook_keeps_to_its_shape():
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert max(len([line for line in cell.source.splitlines() if line.strip()]) for cell in code) <= 25
-    assert "Callback)" not in "".join(cell.source for cell in code)
 
 
 def test_the_committed_outputs_are_those_of_the_committed_code():

@@ -1,4 +1,4 @@
-"""What Keras 3 makes of the HDF5 files of Keras 2: the table in models/README.md.
+"""What Keras 3 makes of the HDF5 files of Keras 2: the table in docs/keras2_weights.md.
 
 The files are built here from their layout, which was compared with what Keras 2.2.2, 2.2.4, TensorFlow 2.3.4 (which
 calls its Keras 2.4.0) and TensorFlow 2.15.1 had written.
@@ -18,7 +18,7 @@ from keras import layers
 from visual_callbacks import ResumableCheckpoint
 
 pytestmark = [
-    pytest.mark.stack,
+    pytest.mark.versions,
     pytest.mark.filterwarnings("ignore:Do not pass an `input_shape`"),
     pytest.mark.filterwarnings("ignore:The structure of `inputs`"),
     pytest.mark.filterwarnings("ignore:Argument `decay`"),

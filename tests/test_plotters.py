@@ -22,7 +22,7 @@ from visual_callbacks import (
     plot_history,
 )
 
-pytestmark = pytest.mark.stack
+pytestmark = pytest.mark.versions
 
 
 def fit(model, x, y, callbacks, epochs=2, validation=True, **more):
@@ -41,6 +41,7 @@ def key(axes):
     return [text.get_text() for text in axes.texts[1:] if text.get_text()]
 
 
+@pytest.mark.stack
 @pytest.mark.parametrize("labels", ["one-hot", "integers", "integer column"])
 def test_both_plotters_write_their_pictures_every_epoch(data, build, labels, tmp_path, capsys):
     x, y = data
@@ -131,6 +132,7 @@ def test_the_best_epoch_is_marked_where_it_is_known_what_is_better(name, epoch):
     assert [text.split()[-1] for text in said if text.startswith("best")] == ([str(epoch)] if epoch else [])
 
 
+@pytest.mark.stack
 def test_keras_is_asked_what_is_better_of_a_compiled_metric(data, build):
     plotter = AccLossPlotter(["overlap"], verbose=0)
     model = build(metrics=[keras.metrics.OneHotMeanIoU(3, name="overlap")])
@@ -326,6 +328,7 @@ def test_short_epochs_are_drawn_once(data, build, monkeypatch):
     assert len(titles) == 1 + 3 + 1
 
 
+@pytest.mark.stack
 def test_the_learning_rate_is_shown_as_it_changes(data, build, monkeypatch):
     plotter = AccLossPlotter(verbose=0)
     titles = Titles(plotter, monkeypatch)
@@ -361,6 +364,7 @@ def test_text_stays_inside_the_picture_and_apart():
     assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
 
 
+@pytest.mark.stack
 def test_binary_output(data, build):
     x, y = data
     y = (y == 1).astype(int)
@@ -373,6 +377,7 @@ def test_binary_output(data, build):
     ]
 
 
+@pytest.mark.stack
 @pytest.mark.parametrize("one_hot", [True, False])
 def test_the_compiled_metric_saves_the_second_prediction(data, build, one_hot, monkeypatch):
     x, y = data
@@ -408,6 +413,7 @@ class Matrices(keras.callbacks.Callback):
         self.right.append([[int(((self.y == i) & (predicted == j)).sum()) for j in range(3)] for i in range(3)])
 
 
+@pytest.mark.stack
 @pytest.mark.parametrize(
     "validation", ["other images", "none", "every second epoch", "weighted", "other images before"]
 )
@@ -440,9 +446,9 @@ def test_a_compiled_metrics_matrix_of_other_images_is_not_taken(data, build, val
 def test_several_labels_an_image_are_refused(data):
     labels = np.eye(3)[data[1]]
     labels[5, :2] = 1
-    with pytest.raises(ValueError, match="Y_val: expected one label an image"):
+    with pytest.raises(ValueError, match="Y_val: expected one label per image"):
         ConfusionMatrixPlotter(data[0], labels, CLASSES)
-    with pytest.raises(ValueError, match="Y_val: expected one label an image"):
+    with pytest.raises(ValueError, match="Y_val: expected one label per image"):
         ConfusionMatrixPlotter(data[0], 0.9 * np.eye(3)[data[1]], CLASSES)
 
 
@@ -486,6 +492,7 @@ def test_every_n_epochs_and_the_last(data, build):
     assert drawn == ["Confusion Matrix · " + when for when in ("starting", "epoch 2", "epoch 4", "epoch 5")]
 
 
+@pytest.mark.stack
 def test_a_resumed_training_begins_with_the_matrix_of_where_it_stands(data, build, tmp_path):
     x, y = data
     shown = []
