@@ -77,7 +77,7 @@ def _number(value):
         return value
     try:
         values = np.asarray(value, float)
-    except (TypeError, ValueError):
+    except Exception:  # whatever an object of the user's own raises
         return math.nan
     return float(values.mean()) if values.size else math.nan
 
@@ -94,8 +94,8 @@ def _direction(name, model=None):
         return "min"
     if last_word in _MORE_IS_BETTER:
         return "max"
-    if model is None:
-        return None
+    if model is None or len(getattr(model, "outputs", None) or ()) > 1:
+        return None  # with several outputs, metrics are logged under other names than their own
     # EarlyStopping finds out in its first on_epoch_end, and keeps it in `monitor_op`. In epoch 0 it stops nothing.
     asked = keras.callbacks.EarlyStopping(name)
     asked.set_model(model)
@@ -147,7 +147,7 @@ def plot_history(history, graphs=("acc", "loss"), resumed_at=None, title="", fig
     model = None
     if isinstance(history, keras.callbacks.History):
         model = history.model
-        history = {**history.history, "epoch": history.epoch}
+        history = {**history.history, "epoch": getattr(history, "epoch", [])}
     _expect(isinstance(history, dict), "history", "a keras History or a dict of lists", history, TypeError)
     return _draw_history(history, graphs, resumed_at, title, figure, model)
 
@@ -206,7 +206,7 @@ def _find_metric(graph, names):
     # Keras 2 logged `acc`; Keras 3 logs `accuracy`, `binary_accuracy` and their kin.
     if graph in ("acc", "accuracy"):
         for name in names:
-            if re.fullmatch("acc|(?!val_).*accuracy", name):
+            if re.fullmatch("acc|(?!val_).*accuracy", str(name)):
                 return name
     return None
 
@@ -374,6 +374,8 @@ class _Display:
         self._cell = cell
 
     def _write(self, png):
+        if self._path.exists() and not self._path.is_file():
+            return  # a device, say, which is not to be replaced
         partial = self._path.with_name(f"{self._path.stem}.tmp.png")
         with contextlib.suppress(OSError):  # a full disk costs a picture, never the training
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -428,11 +430,18 @@ class _Plotter(_Recorder):
         raise NotImplementedError
 
     def _redraw(self, *situation):
-        try:
-            self.figure = self._draw(*situation)
+        with self._never_ends_training():
+            figure = self.figure
+            self.figure = None  # should drawing fail, it may be half changed
+            self.figure = self._draw(figure, *situation)
             self._display.show(self.figure)
-        except Exception as error:  # whatever it is, a picture is not worth a training
-            self.figure = None  # it may be half drawn
+
+    @contextlib.contextmanager
+    def _never_ends_training(self):
+        """Whatever goes wrong in this context, a picture is not worth a training. It is said once."""
+        try:
+            yield
+        except Exception as error:
             if not self._has_failed:
                 self._has_failed = True
                 me = type(self).__name__
@@ -485,10 +494,11 @@ class AccLossPlotter(_Plotter):
             self._resumed_at = epoch
         self._epoch = epoch
         self._epoch_began = time.monotonic()
-        self._position = f"{epoch + 1}/{self.params['epochs']}"
+        self._epochs = (self.params or {}).get("epochs", epoch + 1)
+        self._position = f"{epoch + 1}/{self._epochs}"
 
     def on_train_batch_end(self, batch, logs=None):
-        steps = self.params.get("steps")
+        steps = (self.params or {}).get("steps")
         if steps and time.monotonic() - self._drawn_at >= 2:
             done = (batch + 1) / steps
             # As records count from 0: epoch 0.5 is drawn at 1.5.
@@ -500,11 +510,12 @@ class AccLossPlotter(_Plotter):
         self._seconds.append(time.monotonic() - self._epoch_began)
         left = self._left(1)
         self._redraw(f"epoch {self._position}, {left} left")
-        values = self._drawn_values(logs or {})
-        self._say_what_is_not_drawn(values)
-        if self.verbose:
-            listed = "  ".join(f"{name} {_number(value):.4f}" for name, value in values.items())
-            print(f"epoch {self._position}  {listed}  {_duration(self._seconds[-1])}, {left} left", flush=True)
+        with self._never_ends_training():
+            values = self._drawn_values(logs or {})
+            self._say_what_is_not_drawn(values)
+            if self.verbose:
+                listed = "  ".join(f"{name} {_number(value):.4f}" for name, value in values.items())
+                print(f"epoch {self._position}  {listed}  {_duration(self._seconds[-1])}, {left} left", flush=True)
 
     def on_train_end(self, logs=None):
         if not self._records:
@@ -522,7 +533,7 @@ class AccLossPlotter(_Plotter):
             pace = np.median(self._seconds[-5:])
         else:
             pace = (time.monotonic() - self._epoch_began) / done
-        return _duration(pace * (self.params["epochs"] - self._epoch - done))
+        return _duration(pace * (self._epochs - self._epoch - done))
 
     def _drawn_values(self, logs):
         """What was logged of the metrics that have a panel, by name."""
@@ -540,7 +551,7 @@ class AccLossPlotter(_Plotter):
             self._not_drawn.add(name)
             warnings.warn(f"{name} cannot be drawn where it is no number or too large, such as {value!r}.")
 
-    def _draw(self, progress, running=()):
+    def _draw(self, figure, progress, running=()):
         self._drawn_at = time.monotonic()
         parts = [progress]
         if self.title:
@@ -552,7 +563,7 @@ class AccLossPlotter(_Plotter):
         names = dict.fromkeys(name for logs in records.values() for name in logs)
         history = {name: [logs.get(name) for logs in records.values()] for name in names}
         history["epoch"] = list(records)
-        return _draw_history(history, self._graphs, self._resumed_at, " · ".join(parts), self.figure, self.model)
+        return _draw_history(history, self._graphs, self._resumed_at, " · ".join(parts), figure, self.model)
 
 
 class ConfusionMatrixPlotter(_Plotter):
@@ -560,7 +571,8 @@ class ConfusionMatrixPlotter(_Plotter):
 
     Compile `keras.metrics.OneHotMeanIoU(len(classes))` as a metric (for integer labels,
     `MeanIoU(len(classes), sparse_y_pred=False)`), and pass the same arrays here and as `validation_data`: that metric
-    then holds the matrix, and nothing is predicted a second time. Otherwise the images are predicted.
+    then holds the matrix of the validation pass, and nothing is predicted a second time. Otherwise the images are
+    predicted.
 
     Args:
         X_val: images, an array whose first axis counts them.
@@ -599,13 +611,11 @@ class ConfusionMatrixPlotter(_Plotter):
         self._same_images = None
         # That a compiled metric held at the end of the last validation pass.
         self._metric_matrix = None
-        self._in_fit = False
         self._outputs = None  # of the model, as soon as it is built
 
     def on_train_begin(self, logs=None):
         self._metric_matrix = None
         self._same_images = None
-        self._in_fit = True
         outputs = getattr(self.model, "output_shape", None) if self.model.built else None
         if isinstance(outputs, tuple) and isinstance(outputs[-1], int):
             self._check_outputs(outputs[-1])
@@ -616,8 +626,8 @@ class ConfusionMatrixPlotter(_Plotter):
         self._metric_matrix = None  # it was of the epoch before
 
     def on_test_end(self, logs=None):
-        if self._in_fit:  # a validation pass has ended, perhaps over other images than ours
-            self._metric_matrix = self._matrix_held_by_a_metric()
+        with contextlib.suppress(Exception):  # where it cannot be told, the images are predicted
+            self._metric_matrix = self._matrix_held_by_a_metric(logs or {})
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
@@ -626,12 +636,11 @@ class ConfusionMatrixPlotter(_Plotter):
 
     def on_train_end(self, logs=None):
         self._metric_matrix = None  # from here on, the model may be changed
-        self._in_fit = False
         last = max(self._records, default=None)
         if last != self._drawn_epoch:  # `every` left it out
             self._redraw(last)
 
-    def _draw(self, epoch):
+    def _draw(self, figure, epoch):
         self._drawn_epoch = epoch
         if epoch is None:
             when = "starting"
@@ -639,16 +648,16 @@ class ConfusionMatrixPlotter(_Plotter):
         else:
             when = f"epoch {epoch + 1}"
             matrix = self.confusion_matrix()
-        ax = self.figure.axes[0] if self.figure else None
+        ax = figure.axes[0] if figure else None
         return plot_confusion_matrix(matrix, *self._style, f"{self.title} · {when}", ax)
 
     def confusion_matrix(self):
         """Counts of shape (classes, classes), true class by row: of the model as it is now.
 
-        In `on_epoch_end` it is what the validation pass of this epoch has counted, where that is known.
+        At the end of an epoch it is the matrix of the validation pass, where a compiled metric has counted that.
         """
-        if self._metric_matrix is not None:
-            return self._metric_matrix
+        if self._metric_matrix is not None and _arguments_of("fit", self.model):
+            return self._metric_matrix.copy()
         scores = self.model.predict(self.X_val, batch_size=500, verbose=0)
         if not hasattr(scores, "shape"):
             raise ValueError(f"model: expected one output, got {len(scores)}")
@@ -668,19 +677,25 @@ class ConfusionMatrixPlotter(_Plotter):
             raise ValueError(f"classes: {count} names, but the model has {outputs} outputs")
         self._outputs = outputs
 
-    def _matrix_held_by_a_metric(self):
-        """The matrix of a compiled metric after a validation pass, if that was over our images, else None."""
+    def _matrix_held_by_a_metric(self, logs):
+        """The matrix of a compiled metric after a validation pass of `fit`, if that was over our images, else None."""
         passed = _arguments_of("evaluate", self.model)
+        is_validation = passed.get("use_cached_eval_dataset", False)  # not a call by the user
         count = len(self._class_sizes)
-        if passed.get("sample_weight") is not None or self._outputs != count:
+        if not is_validation or passed.get("sample_weight") is not None or self._outputs != count:
             return None
         if not self._are_ours(passed.get("x"), passed.get("y")):
             return None
         metrics = []
         for metric in self.model.metrics:  # Keras keeps the compiled ones inside another
             metrics += [metric, *getattr(metric, "metrics", [])]
-        matrices = _values(metric.total_cm for metric in metrics if hasattr(metric, "total_cm"))
-        for held in matrices:
+        for metric in metrics:
+            if type(metric) not in _METRICS_WITH_MATRIX:
+                continue
+            # Another callback may have used it for something else since: then its result is not the logged one.
+            if not math.isclose(metric.result(), logs[metric.name], rel_tol=1e-4):
+                continue
+            (held,) = _values([metric.total_cm])
             if held.shape == (count, count) and (held.sum(axis=1) == self._class_sizes).all():
                 return held
         return None
@@ -697,6 +712,15 @@ class ConfusionMatrixPlotter(_Plotter):
             return (_class_indices(labels, len(images), len(self._class_sizes)) == self.labels).all()
         except ValueError:
             return False
+
+
+# Those of Keras's metrics whose `total_cm` is a confusion matrix of the most probable classes.
+_METRICS_WITH_MATRIX = {
+    keras.metrics.IoU,
+    keras.metrics.MeanIoU,
+    keras.metrics.OneHotIoU,
+    keras.metrics.OneHotMeanIoU,
+}
 
 
 def _class_indices(labels, size, count):
@@ -717,10 +741,14 @@ def _class_indices(labels, size, count):
 
 def _threshold(model, scores):
     """Above which one output means the second class: 0 for logits, 0.5 for probabilities."""
-    losses = keras.tree.flatten(model.loss)
-    from_logits = any(getattr(loss, "from_logits", False) for loss in losses)
-    outside = scores.min() < 0 or scores.max() > 1
-    return 0.0 if from_logits or outside else 0.5
+    for loss in keras.tree.flatten(model.loss):
+        name = loss if isinstance(loss, str) else type(loss).__name__
+        if getattr(loss, "from_logits", False) or "hinge" in name.lower():
+            return 0.0
+        if isinstance(loss, (str, keras.losses.Loss)):
+            return 0.5
+    # A function of the user's own, or none: only scores that cannot be probabilities tell.
+    return 0.0 if scores.min() < 0 or scores.max() > 1 else 0.5
 
 
 # The checkpoint file --------------------------------------------------------------------------------------------------
@@ -1004,10 +1032,10 @@ def _set_random_state(states):
 def _warn_of_workers(model):
     """Warns of training data that reads ahead; a warning only, as data that needs no epoch is right all the same."""
     data = _arguments_of("fit", model).get("x")
-    if isinstance(data, keras.utils.PyDataset) and data.workers > 1:
+    if isinstance(data, keras.utils.PyDataset) and (data.workers > 1 or data.use_multiprocessing):
         warnings.warn(
-            f"The data's workers are {data.workers}: they read ahead, before on_epoch_begin. If a callback tells"
-            " the data its epoch, it comes in the wrong order, and a resume is not exact. Use workers=1."
+            "The data set's workers read ahead, before on_epoch_begin. If a callback tells it the epoch, its data comes"
+            " in the wrong order, and a resume is not exact. Use workers=1 and use_multiprocessing=False."
         )
 
 
@@ -1225,6 +1253,7 @@ class ResumableCheckpoint(_Recorder):
         self._pending = None  # the _Checkpoint whose rest is put back when the first epoch begins
         self._pending_model = None  # the model it was loaded into
         self._next_epoch = None  # the epoch to continue with, were training to stop now
+        self._stopped_after = None  # the last epoch of a training that was stopped early
         self._is_training = False
         self._failure = None  # why the last save failed
         self._best_keras_bytes = None  # the bytes of Keras's file of a best epoch, until it is over
@@ -1245,6 +1274,7 @@ class ResumableCheckpoint(_Recorder):
             raise ValueError("model: compile it and build it (begin it with keras.Input(shape)) before restore(model)")
         self._pending = None
         self._next_epoch = None
+        self._stopped_after = None
         self.best = None
         self.best_epoch = None
         self.set_model(model)
@@ -1293,6 +1323,7 @@ class ResumableCheckpoint(_Recorder):
         self._pending = chosen
         self._pending_model = model
         self._next_epoch = state["next_epoch"]
+        self._stopped_after = self._early_end(state)
         self.best = state["best"]
         self.best_epoch = state["best_epoch"]
         self._mode = "max" if state["fingerprint"]["monitor"].endswith("(max)") else "min"
@@ -1302,15 +1333,17 @@ class ResumableCheckpoint(_Recorder):
         if state["finished"]:
             said = "This training is complete"
         said += f" after epoch {state['epoch'] + 1}"
-        if self._stopped_early(state):
+        if self._stopped_after is not None:
             said += f" (it was stopped early; to train on, pass initial_epoch={state['epoch'] + 1})"
         if self.best is not None:
             said += f", best {self.monitor} {self.best:.4f} in epoch {self.best_epoch + 1}"
         print(f"{said} [{self.directory}]", flush=True)
 
     @staticmethod
-    def _stopped_early(state):
-        return state["finished"] and state["next_epoch"] > state["epoch"] + 1
+    def _early_end(state):
+        """The last epoch of a training that was stopped early, else None."""
+        stopped = state["finished"] and state["next_epoch"] > state["epoch"] + 1
+        return state["epoch"] if stopped else None
 
     # During training: the epochs
 
@@ -1334,6 +1367,7 @@ class ResumableCheckpoint(_Recorder):
         self._check_first_epoch(epoch)
         self._is_training = True
         self._next_epoch = epoch
+        self._stopped_after = None
         if self._pending is not None:
             # By now every other callback has reset itself in its own on_train_begin, Keras's History among them.
             self._fill_history()
@@ -1349,12 +1383,12 @@ class ResumableCheckpoint(_Recorder):
 
     def _check_first_epoch(self, epoch):
         """Raises ValueError if `fit` begins anywhere but where `restore` said."""
-        if self._pending is not None and self._stopped_early(self._pending.state):
-            last = self._pending.state["epoch"]
-            if epoch != last + 1:
+        if self._stopped_after is not None:
+            next_epoch = self._stopped_after + 1
+            if epoch != next_epoch:
                 raise ValueError(
-                    f"This training was stopped early, after epoch {last + 1}. To train on from there, with more"
-                    f" epochs or another patience, use fit(..., initial_epoch={last + 1})."
+                    f"This training was stopped early, after epoch {next_epoch}. To train on from there, with more"
+                    f" epochs or another patience, use fit(..., initial_epoch={next_epoch})."
                 )
         elif epoch != self._next_epoch and self._files.existing():
             remedy = "To continue it, use fit(..., initial_epoch=checkpoint.restore(model)); else, another directory."
@@ -1438,6 +1472,7 @@ class ResumableCheckpoint(_Recorder):
             print(f"Saving works again: epoch {epoch + 1} is in {self.saved_path}.", flush=True)
         self._failure = None
         self._next_epoch = state["next_epoch"]
+        self._stopped_after = self._early_end(state)
         if epochs_of_fit is None:  # at the end, it is waited for
             self._files.start_copying()
 

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import nbformat
 import pytest
-from conftest import ROOT, needs
+from conftest import ROOT, needs, wait_until
 
 pytestmark = pytest.mark.browser
 ARTEFACTS = ROOT / "tests" / "artefacts"
@@ -73,7 +73,10 @@ WATCH = """output => {
     const look = i => [Math.round(i.getBoundingClientRect().height), i.src.length + ':' + i.src.slice(-400)];
     const state = images.map(look);
     const last = window.seen[window.seen.length - 1];
-    if (!last || JSON.stringify(last) !== JSON.stringify(state)) window.seen.push(state);
+    if (!last || JSON.stringify(last) !== JSON.stringify(state)) {
+      window.seen.push(state);
+      window.changed = performance.now();
+    }
   };
   new MutationObserver(note).observe(document.body, {childList: true, subtree: true, attributes: true});
 }"""
@@ -103,7 +106,7 @@ def page(request, browser, tmp_path):
     server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}/"
-        for _ in range(120):
+        for _ in range(480):  # a busy machine takes its time
             try:
                 urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + "api/status", timeout=5)
                 break
@@ -132,7 +135,8 @@ def text(page):
 def wait_for_the_end(page):
     said = "output => [...document.querySelectorAll(output)].some(e => e.innerText.includes('after training'))"
     page.wait_for_function(said, arg=page.front["output"], timeout=180_000)
-    time.sleep(1)  # the last update of a picture travels apart from the text
+    # The last update of a picture travels apart from the text.
+    page.wait_for_function("performance.now() - window.changed > 2000", timeout=60_000)
     return page.evaluate("window.seen")
 
 
@@ -147,7 +151,7 @@ def check(states):
         assert len(pictures) >= EPOCHS, len(pictures)  # the pixels change with every epoch
 
 
-def test_the_live_view(page):
+def test_the_live_view(page, tmp_path):
     page.evaluate(WATCH, page.front["output"])
     command(page, "run")
     states = wait_for_the_end(page)
@@ -166,7 +170,7 @@ def test_the_live_view(page):
 
     last = page.evaluate("window.seen[window.seen.length - 1].map(state => state[1])")
     command(page, "save")
-    time.sleep(2)
+    wait_until(lambda: "after training" in (tmp_path / "live.ipynb").read_text().split('"source"')[-2])
     page.reload()
     both = "output => document.querySelectorAll(output + ' img').length >= 2"
     page.wait_for_function(both, arg=page.front["output"], timeout=60_000)

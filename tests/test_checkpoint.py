@@ -316,20 +316,32 @@ def test_where_nobody_knows_what_is_better_it_is_asked_for(metric):
         assert checkpoint.best == 0.5
 
 
+def test_with_several_outputs_keras_is_not_asked():
+    """It would look for the metric's own name; what is logged has the output's name before it."""
+    image = keras.Input((8, 8, 3))
+    flat = layers.Flatten()(image)
+    model = keras.Model(image, {"a": layers.Dense(3, name="a")(flat), "b": layers.Dense(3, name="b")(flat)})
+    metrics = {"a": [keras.metrics.OneHotMeanIoU(3, name="q")], "b": [keras.metrics.KLDivergence(name="a_q")]}
+    model.compile("sgd", {"a": "mse", "b": "mse"}, metrics=metrics)
+    x, y = images()
+    with pytest.raises(ValueError, match="monitor: cannot tell"):
+        model.fit(x, {"a": y, "b": y}, verbose=0, callbacks=[ResumableCheckpoint("run", monitor="a_q")])
+
+
 # Data ----
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_data_set_that_reads_ahead_is_warned_of(workers):
     x, y = images()
-    data, seen = training.Batches(x, y), []
+    data = training.Batches(x, y)
     data.workers = workers
     model = compiled()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.fit(data, verbose=0, shuffle=False, callbacks=[ResumableCheckpoint("run", monitor="loss")])
-    seen = [str(warning.message) for warning in caught if "workers" in str(warning.message)]
-    assert len(seen) == (workers > 1) and all("Use workers=1" in text for text in seen)
+    said = [str(warning.message) for warning in caught if "workers" in str(warning.message)]
+    assert len(said) == (workers > 1) and all("Use workers=1" in text for text in said)
 
 
 # Copies of the callback, more epochs ----
@@ -349,11 +361,15 @@ def test_more_epochs_after_an_early_stop_go_on_where_it_stopped(monkeypatch, cap
 
     monkeypatch.setitem(CONFIGS, "stopping", (training.sequential, lambda: training.ADAM(0.01), stopping))
     patience = 1
-    _, stopped, _ = train("stopping", "run", epochs=30)
+    _, stopped, checkpoint = train("stopping", "run", epochs=30)
     last = stopped.epoch[-1]
     assert last < 3
+    early = rf"stopped early, after epoch {last + 1}.*initial_epoch={last + 1}\)"
+    with pytest.raises(ValueError, match=early):  # in the same process, without `restore`
+        model = stopped.model
+        model.fit(*images(), epochs=32, initial_epoch=30, verbose=0, callbacks=[checkpoint])
     patience = 3
-    with pytest.raises(ValueError, match=rf"stopped early, after epoch {last + 1}.*initial_epoch={last + 1}\)"):
+    with pytest.raises(ValueError, match=early):
         train("stopping", "run", epochs=32)
     assert f"(it was stopped early; to train on, pass initial_epoch={last + 1})" in capsys.readouterr().out
 

@@ -1,7 +1,9 @@
 """The plotters outside a kernel: what they draw, what they write, what they refuse."""
 
+import contextlib
 import copy
 import datetime
+import os
 import warnings
 from types import SimpleNamespace
 
@@ -153,6 +155,7 @@ ODD = {
     "too large": 1e308,
     "None": None,
     "empty": np.zeros(0),
+    "too large for a float": 10**400,
 }
 
 
@@ -175,6 +178,36 @@ def test_a_value_that_cannot_be_drawn_is_said_once_and_the_rest_is_drawn(data, b
     again = AccLossPlotter(verbose=0)  # and a later training of this model is not harmed
     history = fit(model, x, y, [again], epochs=2)
     assert curve(again.figure, 1, "training")[1] == history.history["loss"]
+
+
+class Broken:
+    """An object of which nothing can be had."""
+
+    def __float__(self):
+        raise RuntimeError("no number")
+
+    __array__ = __repr__ = __float__
+
+
+def test_whatever_goes_wrong_costs_no_training(data, build, monkeypatch, tmp_path):
+    """Objects that raise, names that are no strings, output that cannot be written, a list that says no epochs."""
+    x, y = data[0], np.eye(3)[data[1]]
+    model = build()
+    for odd in ({"loss": Broken()}, {0: 0.5}, {None: 0.5}):
+        add = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs, odd=odd: logs.update(odd))
+        assert fit(model, x, y, [add, AccLossPlotter()]).epoch == [0, 1]
+    own = keras.callbacks.CallbackList([AccLossPlotter()], model=model, add_history=True)
+    assert fit(model, x, y, own).epoch == [0, 1]
+    with monkeypatch.context() as patch, open("/dev/full", "w") as full:
+        patch.setattr("sys.stdout", full)
+        assert fit(model, x, y, [AccLossPlotter()]).epoch == [0, 1]
+        patch.setattr(full, "flush", lambda: None)
+        with contextlib.suppress(OSError):
+            full.close()
+    os.mkfifo(tmp_path / "pipe")
+    plot = AccLossPlotter(verbose=0, path=tmp_path / "pipe")
+    assert fit(model, x, y, [plot]).epoch == [0, 1] and (tmp_path / "pipe").is_fifo()
+    assert plot_history(keras.callbacks.History()).axes
 
 
 def test_names_are_not_read_as_mathematics(data, build):
@@ -443,6 +476,34 @@ def test_a_compiled_metrics_matrix_of_other_images_is_not_taken(data, build, val
     assert look.shown == look.right  # after training, too
 
 
+def test_the_matrix_of_a_compiled_metric_is_only_of_the_pass_that_ended(data, build):
+    """Not of what another callback has evaluated since, nor of a training that was interrupted; and it is a copy."""
+    x, y = data
+    one_hot = np.eye(3)[y]
+    model = build(metrics=[keras.metrics.OneHotMeanIoU(3)])
+    plotter = ConfusionMatrixPlotter(x[:30], y[:30], CLASSES)
+    look = Matrices(plotter, x[:30], y[:30])
+    other = keras.callbacks.Callback()
+    other.on_test_end = lambda logs=None: model.evaluate(-x[30:60], one_hot[30:60], verbose=0)
+    stop = keras.callbacks.Callback()
+
+    def end(epoch, logs=None):
+        plotter.confusion_matrix()[:] = 7
+        assert plotter.confusion_matrix().max() != 7
+        raise InterruptedError
+
+    stop.on_epoch_end = end
+    for callbacks in ([other, plotter, look], [plotter, look, stop]):
+        with contextlib.suppress(InterruptedError):
+            model.fit(x, one_hot, 30, 1, verbose=0, validation_data=(x[:30], one_hot[:30]), callbacks=callbacks)
+        model.set_weights([-weights for weights in model.get_weights()])
+        look.on_epoch_end(0)
+        model.evaluate(x[:30], one_hot[:30], verbose=0, callbacks=[plotter])
+        model.set_weights([-weights for weights in model.get_weights()])
+        look.on_epoch_end(0)
+    assert look.shown == look.right and len(look.shown) == 6
+
+
 def test_several_labels_an_image_are_refused(data):
     labels = np.eye(3)[data[1]]
     labels[5, :2] = 1
@@ -452,17 +513,27 @@ def test_several_labels_an_image_are_refused(data):
         ConfusionMatrixPlotter(data[0], 0.9 * np.eye(3)[data[1]], CLASSES)
 
 
-@pytest.mark.parametrize("from_logits", [True, False])
-def test_one_output_is_cut_where_its_loss_has_the_middle(data, build, from_logits):
+@pytest.mark.parametrize(
+    "loss, middle",
+    [
+        (keras.losses.BinaryCrossentropy(from_logits=True), 0.0),
+        (keras.losses.BinaryCrossentropy(), 0.5),
+        ("binary_crossentropy", 0.5),
+        ("mse", 0.5),  # whose scores may be below 0 or above 1
+        ("hinge", 0.0),
+        (lambda true, scores: keras.ops.mean((true - scores) ** 2), 0.0),  # as far as its scores tell
+    ],
+)
+def test_one_output_is_cut_where_its_loss_has_the_middle(data, build, loss, middle):
     x, y = data
     y = (y == 1).astype(int)
-    model = build(keras.losses.BinaryCrossentropy(from_logits=from_logits), outputs=1)
-    if from_logits:
+    model = build(loss, outputs=1)
+    if middle == 0 or loss == "mse":
         model.layers[-1].activation = keras.activations.linear
-    model.layers[-1].bias.assign([0.3 if from_logits else -0.3])
+    model.layers[-1].bias.assign([0.3 - middle])
     plotter = ConfusionMatrixPlotter(x, y, ["no", "yes"])
     plotter.set_model(model)
-    predicted = model.predict(x, verbose=0)[:, 0] > (0 if from_logits else 0.5)
+    predicted = model.predict(x, verbose=0)[:, 0] > middle
     expected = [[int(((y == i) & (predicted == j)).sum()) for j in (0, 1)] for i in (0, 1)]
     assert plotter.confusion_matrix().tolist() == expected
 
