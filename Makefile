@@ -30,18 +30,18 @@ test: $(VENV)/ready-to-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
 
-# All that takes long, too: 40 kills, the other sets of versions.
+# All that takes long, too: 40 kills, the scripts, the other sets of versions (of which Colab's runs the tests of Colab).
 test-all: test test-slow $(STACKS:%=test-%)
 
 test-slow: $(VENV)/ready-to-test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'slow and not colab'
 
 # Other sets of versions (tests/stacks), each in an environment of its own: test-colab, test-oldest, test-jax, test-torch.
 $(STACKS:%=test-%): test-%: tests/stacks/%.txt
 	$(PYTHON) -m venv $(VENV)/stacks/$*
 	$(VENV)/stacks/$*/$(notdir $(BIN))/python -m pip install --quiet --disable-pip-version-check -r $<
 	KERAS_BACKEND=$(or $(filter jax torch,$*),tensorflow) $(VENV)/stacks/$*/$(notdir $(BIN))/python -m pytest \
-	-m 'stack$(if $(filter colab oldest,$*), or versions)$(if $(filter colab,$*), or colab or browser)'
+	-m 'stack$(if $(filter oldest,$*), or versions)$(if $(filter colab,$*), or colab or browser)'
 
 release: $(VENV)/ready-to-test
 	@test -n "$$CIFAR10_NPZ" || { echo "Set CIFAR10_NPZ to the array file of the real data." >&2; exit 2; }

@@ -88,11 +88,10 @@ def variables(model):
 # Exactly equal ----
 
 
-LAST = [pytest.param(config, False, id=f"{config}, checkpoint last") for config in CONFIGS]
+LAST = [pytest.param(config, False, id=f"{config}, checkpoint last", marks=pytest.mark.stack) for config in CONFIGS]
 FIRST = [pytest.param(config, True, id=f"{config}, checkpoint first", marks=pytest.mark.slow) for config in CONFIGS]
 
 
-@pytest.mark.stack
 @pytest.mark.parametrize("config, first", LAST + FIRST)
 def test_resumed_equals_uninterrupted_to_the_last_byte(config, first):
     model, history, _ = train(config, "whole", first=first)
