@@ -14,7 +14,7 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python;
 	$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 # What was set on the command line is a knob of the notebook's `parameters` cell.
-KNOBS := $(foreach name,$(filter-out PYTHON VENV REPOSITORY MAKEFLAGS,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),$(name)))
+KNOBS := $(foreach name,$(filter-out PYTHON VENV REPOSITORY,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),$(name)))
 
 .DELETE_ON_ERROR:
 STACKS := $(basename $(notdir $(wildcard tests/stacks/*.txt)))

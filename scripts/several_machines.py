@@ -1,4 +1,4 @@
-"""One training by several processes, on one machine or on several: Keras on JAX. The README says what was tried.
+"""One training by several processes, on one machine or on several: Keras on JAX. docs/running.md says what was tried.
 
 PYTHONPATH=. python scripts/several_machines.py 1 2 & PYTHONPATH=. python scripts/several_machines.py 0 2
 """

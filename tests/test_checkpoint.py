@@ -497,6 +497,15 @@ def test_own_registered_layers_and_metrics_are_no_obstacle():
     assert ResumableCheckpoint("run", monitor="loss").restore(model) == 1
 
 
+@pytest.mark.skipif(not keras.__version__.startswith("3.15."), reason="other versions describe layers differently")
+def test_a_file_of_an_earlier_version_of_this_module_is_continued():
+    """Written with Keras 3.15.1 by the module as it was at commit 68ed87f, after three epochs."""
+    Path("run").mkdir()
+    shutil.copy(ROOT / "tests" / "reference" / "saved_at_68ed87f.hdf5", Path("run", SAVED))
+    _, history, _ = train("sgd", "run", monitor="loss")
+    assert history.epoch == list(range(EPOCHS))
+
+
 # Damaged files ----
 
 
