@@ -124,7 +124,10 @@ def main(epochs=600):
     (six,), (many,) = execute(("ours", 6)), execute(("ours", longest))
     print(f"\n| AccLossPlotter, {longest:,} epochs | |\n| --- | --- |")
     print(f"| memory grown after the first 50 | {many['grown']:.1f} MB |")
-    print(f"| a redraw at the end, of one at epoch 20 | {many['ms'][str(longest)] / many['ms']['20']:.2f} |")
+    print(
+        "| time of a redraw at the end, divided by that at epoch 20 |",
+        f"{many['ms'][str(longest)] / many['ms']['20']:.2f} |",
+    )
     print(f"| notebook larger than after 6 epochs | {many['kB'] - six['kB']:.0f} kB |")
     print(f"| pyplot figures open | {many['open']} |")
     if epochs == 600:
