@@ -1,6 +1,7 @@
 """What matters, from the first version's network upwards: one change at a time, each with the same compute.
 
-    CIFAR10_NPZ=cifar10.npz python benchmarks/ablation.py [SEEDS]    trains what is missing, prints the table, draws it
+    CIFAR10_NPZ=cifar10.npz python benchmarks/ablation.py [SEEDS [VARIANT...]]
+                                                                 trains what is missing, prints the table, draws it
     CIFAR10_NPZ=cifar10.npz python benchmarks/ablation.py race [MINUTES]         time to a validation accuracy of 0.76
 
 Each training gets as many operations (three times the forward pass's, times the images seen) as one epoch of the
@@ -182,14 +183,14 @@ def draw(results):
     figure.savefig(FIGURE)
 
 
-def ablation(seeds):
+def ablation(seeds, variants):
     names = notebook()
     flop = 3 * forward_flop(names["model"]) * len(names["y_train"])
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"data": names["data_name"], "flop": flop}
     if (results["data"], results["flop"]) != (names["data_name"], flop):
         sys.exit(f"{RESULTS} is of other data or another compute: move it away to begin anew.")
     for seed in range(seeds):
-        for name in VARIANTS:
+        for name in variants:
             if f"{name}, seed {seed}" not in results:
                 began = time.monotonic()
                 results[f"{name}, seed {seed}"] = round(train(name, seed, names, flop), 4)
@@ -235,4 +236,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["race"]:
         race(float(sys.argv[2]) if len(sys.argv) > 2 else 60)
     else:
-        ablation(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+        variants = sys.argv[2:] or list(VARIANTS)
+        unknown = set(variants) - set(VARIANTS)
+        if unknown:
+            sys.exit(f"VARIANT: expected some of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
+        ablation(int(sys.argv[1]) if len(sys.argv) > 1 else 3, variants)

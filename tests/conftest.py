@@ -60,6 +60,7 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """The fast tests first."""
+    """The fast tests first; but of the slow ones the longest, so that it runs beside all others."""
     order = "plotters old_weights checkpoint documents kernel notebook shipping browser kill".split()
     items.sort(key=lambda item: order.index(item.module.__name__.removeprefix("test_")))
+    items.sort(key=lambda item: item.name != "test_random_kills")

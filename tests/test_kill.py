@@ -10,7 +10,6 @@ import training
 from conftest import ROOT
 from kill import contents, kill_often
 
-pytestmark = pytest.mark.xdist_group("one uninterrupted training")
 training.prepare()
 NAMES = ["write", "flush", "fsync", "read back", "rename", "after rename", "fsync"]  # of one file
 
@@ -27,6 +26,7 @@ STEPS = range(2 * len(NAMES))
 OFTEN = (0, 4, 5, 7, 11)  # half-way through a file, before and after a rename; the others take their time, too
 
 
+@pytest.mark.xdist_group("one uninterrupted training")
 @pytest.mark.parametrize("step", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in STEPS])
 def test_a_process_that_stops_at_any_step_of_a_save_loses_at_most_one_epoch(step, whole):
     """The second epoch's saves: the best file, then the other one."""
