@@ -728,8 +728,9 @@ def _class_indices(labels, size, count):
     given = labels
     labels = np.asarray(labels)
     if labels.shape == (size, count) and count > 1:
-        is_one_hot = np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all()
-        _expect(is_one_hot, "Y_val", "one label per image: a single 1 in each one-hot row, all else 0", given)
+        is_one_hot = np.isin(labels, (0, 1)).all(axis=1) & (labels.sum(axis=1) == 1)
+        wanted = "one label per image: a single 1 in each one-hot row, all else 0"
+        _expect(is_one_hot.all(), "Y_val", wanted, labels[~is_one_hot][:1].tolist())
         labels = labels.argmax(axis=1)
     if labels.shape == (size, 1):
         labels = labels[:, 0]
