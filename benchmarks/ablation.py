@@ -32,7 +32,14 @@ from notebook_cells import cells_before_training, forward_flop  # noqa: E402
 
 from visual_callbacks import ResumableCheckpoint  # noqa: E402
 
-FIRST_VERSION = dict(axes_fixed=False, learning_rate=0.001, falling=False, augment=True, batch_norm=True, dropout=True)
+FIRST_VERSION = dict(
+    axes_fixed=False,
+    learning_rate=0.001,
+    falling=False,
+    augment=True,
+    batch_norm=True,
+    dropout=True,
+)
 FIRST_VERSION |= dict(depth=2, width=1, label_smoothing=0.0)
 FIXED = FIRST_VERSION | dict(axes_fixed=True)
 SCHEDULE = FIXED | dict(learning_rate=0.05, falling=True)
@@ -60,7 +67,9 @@ def network(axes_fixed, depth, width, batch_norm, dropout, **_):
 
     def conv(x, filters):
         x = x if axes_fixed else layers.Permute((2, 3, 1))(x)
-        x = layers.Conv2D(filters, 3, padding="same", activation="relu", kernel_initializer="he_uniform")(x)
+        x = layers.Conv2D(
+            filters, 3, padding="same", activation="relu", kernel_initializer="he_uniform"
+        )(x)
         return x if axes_fixed else layers.Permute((3, 1, 2))(x)
 
     inputs = x = keras.Input((32, 32, 3))
@@ -89,13 +98,18 @@ class Images(keras.utils.PyDataset):
         step = self.part * self.steps + batch
         turn, place = divmod(step, len(self.labels) // BATCH_SIZE)
         if turn != getattr(self, "turn", None):
-            self.turn, self.order = turn, np.random.default_rng([self.seed, turn]).permutation(len(self.labels))
+            self.turn, self.order = (
+                turn,
+                np.random.default_rng([self.seed, turn]).permutation(len(self.labels)),
+            )
         chosen = self.order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
         images, rng = self.images[chosen], np.random.default_rng([self.seed, turn, place])
         if self.augment:
             padded = np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)), mode="edge")
             moves, mirror = rng.integers(0, 7, (BATCH_SIZE, 2)), rng.random(BATCH_SIZE) < 0.5
-            images = np.stack([image[y : y + 32, x : x + 32] for image, (y, x) in zip(padded, moves)])
+            images = np.stack(
+                [image[y : y + 32, x : x + 32] for image, (y, x) in zip(padded, moves)]
+            )
             images[mirror] = images[mirror, :, ::-1]
         return images, self.labels[chosen]
 
@@ -131,16 +145,25 @@ def train(name, seed, names, flop):
     if settings is None:
         names = notebook(SEED=seed, EPOCHS=1)
         model, images, fit = names["model"], names["train_data"], dict(epochs=1)
-        start = keras.callbacks.LambdaCallback(on_epoch_begin=lambda part, logs: images.start_epoch(part))
+        start = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda part, logs: images.start_epoch(part)
+        )
     else:
         model, images = prepare(names, settings, seed, flop, PARTS)
         fit = dict(epochs=PARTS)
-        start = keras.callbacks.LambdaCallback(on_epoch_begin=lambda part, logs: setattr(images, "part", part))
+        start = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda part, logs: setattr(images, "part", part)
+        )
     folder = ROOT / "models" / "runs" / "ablation" / f"{list(VARIANTS).index(name)}-{seed}"
     checkpoint = ResumableCheckpoint(
         folder, monitor="loss", settings={"name": name, "seed": seed, "steps": len(images)}
     )
-    fit |= dict(initial_epoch=checkpoint.restore(model), callbacks=[start, checkpoint], shuffle=False, verbose=0)
+    fit |= dict(
+        initial_epoch=checkpoint.restore(model),
+        callbacks=[start, checkpoint],
+        shuffle=False,
+        verbose=0,
+    )
     model.fit(images, **fit)
     _, accuracy = model.evaluate(names["x_val"], names["y_val"], batch_size=500, verbose=0)[:2]
     return accuracy
@@ -149,7 +172,9 @@ def train(name, seed, names, flop):
 def finished(results):
     """(name, its finished seeds' accuracies) of every variant with at least one."""
     rows = [[results.get(f"{name}, seed {seed}") for seed in range(9)] for name in VARIANTS]
-    rows = [(name, [value for value in row if value is not None]) for name, row in zip(VARIANTS, rows)]
+    rows = [
+        (name, [value for value in row if value is not None]) for name, row in zip(VARIANTS, rows)
+    ]
     return [(name, values) for name, values in rows if values]
 
 
@@ -157,7 +182,10 @@ def table(results):
     """The results as a Markdown table: docs/experiments.md and the notebook show it."""
     rows = finished(results)
     means = {name: statistics.mean(values) for name, values in rows}
-    lines = ["| | validation accuracy | lowest to highest | seeds | change |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| | validation accuracy | lowest to highest | seeds | change |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name, values in rows:
         base, spread = VARIANTS[name][1], f"{min(values):.3f} to {max(values):.3f}"
         change = f"{means[name] - means[base]:+.3f}" if base in means else ""
@@ -186,7 +214,11 @@ def draw(results):
 def ablation(seeds, variants):
     names = notebook()
     flop = 3 * forward_flop(names["model"]) * len(names["y_train"])
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"data": names["data_name"], "flop": flop}
+    results = (
+        json.loads(RESULTS.read_text())
+        if RESULTS.exists()
+        else {"data": names["data_name"], "flop": flop}
+    )
     if (results["data"], results["flop"]) != (names["data_name"], flop):
         sys.exit(f"{RESULTS} is of other data or another compute: move it away to begin anew.")
     for seed in range(seeds):
@@ -194,7 +226,13 @@ def ablation(seeds, variants):
             if f"{name}, seed {seed}" not in results:
                 began = time.monotonic()
                 results[f"{name}, seed {seed}"] = round(train(name, seed, names, flop), 4)
-                print(name, seed, results[f"{name}, seed {seed}"], f"{time.monotonic() - began:.0f} s", flush=True)
+                print(
+                    name,
+                    seed,
+                    results[f"{name}, seed {seed}"],
+                    f"{time.monotonic() - began:.0f} s",
+                    flush=True,
+                )
                 RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     print(table(results))
     draw(results)
@@ -209,7 +247,10 @@ class UntilGood(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.minutes, self.accuracy = (time.monotonic() - self.began) / 60, logs["val_accuracy"]
-        print(f"{self.name}: epoch {epoch + 1}, {self.minutes:.1f} min, {self.accuracy:.4f}", flush=True)
+        print(
+            f"{self.name}: epoch {epoch + 1}, {self.minutes:.1f} min, {self.accuracy:.4f}",
+            flush=True,
+        )
         self.model.stop_training = self.accuracy >= 0.76 or self.minutes >= self.limit
 
 
@@ -217,17 +258,34 @@ def race(minutes):
     """The notebook's training, in a single epoch, against the first version's, on the same images, until 0.76."""
     names, ran = notebook(EPOCHS=1), []
     model, images = names["model"], names["train_data"]
-    start = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: images.start_epoch(epoch))
+    start = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: images.start_epoch(epoch)
+    )
     first, own = prepare(names, FIRST_VERSION, 0)
-    part = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: setattr(own, "part", epoch))
-    for name, network, data, callback in (("ours", model, images, start), ("the first version", first, own, part)):
+    part = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: setattr(own, "part", epoch)
+    )
+    for name, network, data, callback in (
+        ("ours", model, images, start),
+        ("the first version", first, own, part),
+    ):
         until = UntilGood(name, minutes)
-        validation = dict(validation_data=(names["x_val"], names["y_val"]), validation_batch_size=500)
-        network.fit(data, epochs=10_000, shuffle=False, verbose=0, callbacks=[callback, until], **validation)
+        validation = dict(
+            validation_data=(names["x_val"], names["y_val"]), validation_batch_size=500
+        )
+        network.fit(
+            data, epochs=10_000, shuffle=False, verbose=0, callbacks=[callback, until], **validation
+        )
         ran.append(until)
     ours, theirs = ran
-    reached = "" if theirs.accuracy >= 0.76 else f", which has {theirs.accuracy:.3f} by then: a lower bound"
-    print(f"{theirs.minutes / ours.minutes:.1f} times as long takes the first version{reached} ({names['data_name']})")
+    reached = (
+        ""
+        if theirs.accuracy >= 0.76
+        else f", which has {theirs.accuracy:.3f} by then: a lower bound"
+    )
+    print(
+        f"{theirs.minutes / ours.minutes:.1f} times as long takes the first version{reached} ({names['data_name']})"
+    )
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
     python benchmarks/live_view.py [EPOCHS]     needs livelossplot==0.6.1; prints three tables
 
-With the 600 epochs that it trains unless told otherwise, it draws Images/live_view.png, too.
+With the 600 epochs that it draws unless told otherwise, it draws Images/live_view.png, too; with others, what follows
+is of a small network, and no number to report.
 
 All three redraw the curves after each of 600 epochs in one real Jupyter kernel, each in a cell of its own, in turn and
 twice over. A redraw is timed from the call until the picture is handed to the kernel's messaging. Then ours alone for
-2,000 epochs in a fresh kernel. Each time is the median of the ten redraws up to that epoch. At last, what the confusion
-matrix adds to an epoch of the notebook's training.
+2,000 epochs in a fresh kernel. Each time is the median of the ten redraws up to that epoch. At last, what the plotters
+and their record add to an epoch of the notebook's training.
 """
 
 import json
@@ -109,17 +110,24 @@ def main(epochs=600):
     results = execute(*[(name, epochs) for name in NAMES] * 2)
     lengths = [n for n in ("10", "100", "600") if int(n) <= epochs]
     ms = {  # of both rounds
-        name: {n: statistics.mean(result["ms"][n] for result in results[i :: len(NAMES)]) for n in lengths}
+        name: {
+            n: statistics.mean(result["ms"][n] for result in results[i :: len(NAMES)])
+            for n in lengths
+        }
         for i, name in enumerate(NAMES)
     }
     columns = " | ".join(f"ms at {n}" for n in lengths)
-    print(f"| {epochs} epochs | {columns} | of livelossplot's time | MB grown | output, kB | open figures |")
+    print(
+        f"| {epochs} epochs | {columns} | of livelossplot's time | MB grown | output, kB | open figures |"
+    )
     print("| --- " * (len(lengths) + 5) + "|")
     for name, first, second in zip(NAMES, results, results[len(NAMES) :]):
         shares = " ".join(f"{ms[name][n] / ms['livelossplot'][n]:.2f}" for n in lengths)
         times = " | ".join(f"{ms[name][n]:.0f}" for n in lengths)
         grown = f"{first['grown']:.1f}, {second['grown']:.1f}"
-        print(f"| {NAMES[name]} | {times} | {shares} | {grown} | {second['kB']:.0f} | {second['open']} |")
+        print(
+            f"| {NAMES[name]} | {times} | {shares} | {grown} | {second['kB']:.0f} | {second['open']} |"
+        )
     longest = 2000 if epochs == 600 else epochs
     (six,), (many,) = execute(("ours", 6)), execute(("ours", longest))
     print(f"\n| AccLossPlotter, {longest:,} epochs | |\n| --- | --- |")
@@ -132,55 +140,145 @@ def main(epochs=600):
     print(f"| pyplot figures open | {many['open']} |")
     if epochs == 600:
         draw(ms, lengths)
-    matrix(5000 if epochs == 600 else 500)
+    what_an_epoch_costs((64, 256, 256), 250) if epochs == 600 else what_an_epoch_costs(
+        (8, 8, 8), 20
+    )
 
 
-def matrix(images):
-    """What a ConfusionMatrixPlotter adds to an epoch of nine times as many images, in batches of 250, as it shows."""
+def network(widths, **options):
+    """One like the notebook's, compiled."""
+    import keras
+    from keras import layers
+
+    stack = [keras.Input((32, 32, 3)), layers.Conv2D(24, 2)]
+    for filters in widths:
+        stack += [layers.Conv2D(filters, 3, padding="same", use_bias=False), layers.MaxPooling2D()]
+        stack += [
+            layers.BatchNormalization(),
+            layers.Conv2D(filters, 3, padding="same", use_bias=False),
+        ]
+        stack += [layers.BatchNormalization(), layers.Activation("gelu"), layers.Dropout(0.05)]
+    model = keras.Sequential(
+        [*stack, layers.GlobalMaxPooling2D(), layers.Dense(10, activation="softmax")]
+    )
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "categorical_crossentropy", **options)
+    return model
+
+
+def seconds(function, times, *arguments):
+    """The median of so many calls, after one that does what is done once."""
+    function(*arguments)
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        function(*arguments)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def what_an_epoch_costs(widths, predictions, images=1000):
+    """What the plotters add to an epoch of 45,000 images in batches of 250, and 5,000 for validation.
+
+    How long that takes is measured with 1,000 of each.
+    """
     import keras
     import numpy as np
     import tensorflow as tf
-    from resume import network
 
-    from visual_callbacks import ConfusionMatrixPlotter
+    from visual_callbacks import (
+        AccLossPlotter,
+        ConfusionMatrixPlotter,
+        PredictionPlotter,
+        _Board,
+        _Measured,
+        _pack,
+    )
 
-    def seconds(function, times, *arguments):
-        function(*arguments)
-        taken = []
-        for _ in range(times):
-            began = time.perf_counter()
-            function(*arguments)
-            taken.append(time.perf_counter() - began)
-        return statistics.median(taken)
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-    x, y = np.zeros((images, 32, 32, 3), "float32"), np.eye(10, dtype="float32")[np.arange(images) % 10]
+    x = np.random.default_rng(0).random((images, 32, 32, 3)).astype("float32")
+    y = np.eye(10, dtype="float32")[np.arange(images) % 10]
     metric = keras.metrics.OneHotMeanIoU(10)
-    model, update = network(metrics=["accuracy", metric]), tf.function(metric.update_state)
-    epoch = 9 * seconds(lambda: model.fit(x, y, 250, verbose=0), 3)
-    epoch += seconds(lambda: model.evaluate(x, y, 500, verbose=0), 3)
+    model, update = network(widths, metrics=["accuracy", metric]), tf.function(metric.update_state)
+    epoch = 45 * seconds(lambda: model.fit(x, y, 250, verbose=0), 3)
+    epoch += 5 * seconds(lambda: model.evaluate(x, y, 500, verbose=0), 3)
     classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
-    held, other = ConfusionMatrixPlotter(x, y, classes), ConfusionMatrixPlotter(x[1:], y[1:], classes)
-    shares = {}
-    for name, plotter in (("held by the compiled metric", held), ("by a second `predict`", other)):
+    curves = AccLossPlotter(verbose=0)
+    held, other = (
+        ConfusionMatrixPlotter(x, y, classes),
+        ConfusionMatrixPlotter(x[1:], y[1:], classes),
+    )
+    looked = PredictionPlotter(x[:8], y[:8], classes)
+    logs = {"loss": 1.0, "accuracy": 0.5, "val_loss": 1.0, "val_accuracy": 0.5}
+
+    def end_epoch(plotter):
+        """The end of a new epoch: nothing is measured yet."""
+        plotter.number = getattr(plotter, "number", -1) + 1
+        plotter.on_epoch_begin(plotter.number)
+        plotter.on_epoch_end(plotter.number, dict(logs))
+
+    took = {}
+    for name, plotter in (
+        ("matrix", held),
+        ("predicted", other),
+        ("looked", looked),
+        ("curves", curves),
+    ):
         plotter.set_model(model)
         plotter.on_train_begin()
-        model.evaluate(x, y, 500, verbose=0, callbacks=[plotter])  # at whose end the metric's matrix is taken
-        shares[name] = seconds(plotter.on_epoch_end, 5, 0, {"loss": 1.0}) / epoch
-    updates = 10 * images / 250  # of training and of validation
-    shares["held by the compiled metric"] += updates * seconds(update, 50, y[:250], y[:250]) / epoch
+        if plotter is held:  # as at the end of a validation pass
+            held.confusion_matrix = lambda: np.diag(held._class_sizes)
+        took[name] = seconds(end_epoch, 5, plotter)
+    took["predicted"] *= 5
+    # The updates in training and in validation.
+    took["matrix"] += 10 * 5000 / 250 * seconds(update, 50, y[:250], y[:250])
+    board = _Board([curves, held, looked])
+    board.live_path = Path("live.html").absolute()
+    took["live"] = seconds(board.show, 9)
+    inside = 1 / 150  # of the time at most: so long a plotter pauses after a drawing
+    rows = {
+        "AccLossPlotter, inside of epochs, at most": inside,
+        "AccLossPlotter, at the end": took["curves"] / epoch,
+        "ConfusionMatrixPlotter, held by the compiled metric": took["matrix"] / epoch,
+        "PredictionPlotter, eight images and their evidence": took["looked"] / epoch,
+        "all on one picture, and `live.html`": took["live"] / epoch,
+    }
+    print(f"\n| an epoch of {epoch:.0f} s | adds |\n| --- | --- |")
+    for name, share in rows.items():
+        print(f"| {name} | {share:.2%} |")
+    print(f"| **together** | **{sum(rows.values()):.2%}** |")
+    print(f"| ConfusionMatrixPlotter, by a second `predict` | {took['predicted'] / epoch:.2%} |")
+    measured = _Measured()
+    for number in range(2000):
+        measured.keep("confusion_matrix", number, np.zeros((100, 100), np.uint16))
+        measured.keep("predictions probabilities", number, np.zeros((12, 100), np.uint8))
+        measured.keep("predictions falls", number, np.zeros((12, 7, 7), np.int8))
+
+    def save(with_record):
+        record = measured.arrays() if with_record else {}
+        return len(
+            _pack(
+                model, True, "{}", [(f"measured/{name}", values) for name, values in record.items()]
+            )
+        )
+
+    more = save(True) - save(False)
+    longer = seconds(save, 9, True) - seconds(save, 9, False)
+    print(
+        f"| the record of 2,000 epochs of 100 classes: {more / 1e6:.1f} MB in the file | {longer / epoch:.3%} |"
+    )
     small = ConfusionMatrixPlotter(x[:250], y[:250], classes)
     small.set_model(model)
     memory = []
-    for _ in range(250):
+    for _ in range(predictions):
         small.confusion_matrix()
         memory.append(resident())
-    print("\n| the confusion matrix | |\n| --- | --- |")
-    for name, share in shares.items():
-        print(f"| {name}: adds to the default epoch | {share:.2%} |")
-    print(f"| memory grown by 200 predictions, after the first 50 | {memory[-1] - memory[49]:.1f} MB |")
+    grown = memory[-1] - memory[min(49, predictions // 2)]
+    print(
+        f"\nMemory grown by {predictions} predictions, after the first {min(50, predictions // 2)}: {grown:.1f} MB"
+    )
 
 
 def draw(ms, lengths):

@@ -1,14 +1,14 @@
 """What is equal to an uninterrupted training after a kill at epoch 5 of 10, for us and for what Keras offers.
 
-    python benchmarks/resume.py [METHOD ...]     prints a table, and what a save costs beside ModelCheckpoint's
+    python benchmarks/resume.py [METHOD ...]     prints a table, and what a save costs beside Keras's
 
-METHOD: ours, backup, load_keras, load_hdf5 or csv; all of them, if none is named.
+METHOD: ours, backup, load_keras, load_hdf5 or csv; all of them, if none is named. The sizes of the networks whose saves
+are timed, in MB of weights, are set by the environment variable SIZES ("8 300").
 
 Each method trains the same small network (Adam, Dropout, GaussianNoise, augmentation layers, ReduceLROnPlateau,
 EarlyStopping) three times, in processes of its own: uninterrupted, killed by SIGKILL when epoch 5 begins, and resumed.
 """
 
-import json
 import os
 import pickle
 import statistics
@@ -22,6 +22,7 @@ import paths  # noqa: F401
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 EPOCHS, KILL = 10, 5
+SIZES = [float(size) for size in os.environ.get("SIZES", "8 300").split()]
 METHODS = {
     "ours": "ResumableCheckpoint",
     "backup": "BackupAndRestore + ModelCheckpoint(save_best_only)",
@@ -29,7 +30,15 @@ METHODS = {
     "load_hdf5": "model.save(.hdf5) each epoch, load_model + fit",
     "csv": "CSVLogger(append=True) + load_model + fit",
 }
-ASPECTS = ["weights", "optimizer", "dropout state", "best value", "counters", "history", "final weights"]
+ASPECTS = [
+    "weights",
+    "optimizer",
+    "dropout state",
+    "best value",
+    "counters",
+    "history",
+    "final weights",
+]
 
 
 def child(method, folder):
@@ -56,14 +65,22 @@ def child(method, folder):
     else:
         model = training.sequential()
         model.compile(training.ADAM(0.02), "categorical_crossentropy", metrics=["accuracy"])
-    used = [callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: data.start_epoch(epoch)), reduce_rate, stopping]
+    used = [
+        callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: data.start_epoch(epoch)),
+        reduce_rate,
+        stopping,
+    ]
     if method == "ours":
-        used.append(keeper := ResumableCheckpoint(folder, callbacks=[reduce_rate, stopping], verbose=0))
+        used.append(keeper := ResumableCheckpoint(folder, verbose=0))
         initial_epoch = keeper.restore(model)
     elif method == "backup":
         used += [best, callbacks.BackupAndRestore(folder / "backup")]
     else:
-        used += [best, callbacks.CSVLogger(csv, append=initial_epoch > 0)] if method == "csv" else [best]
+        used += (
+            [best, callbacks.CSVLogger(csv, append=initial_epoch > 0)]
+            if method == "csv"
+            else [best]
+        )
         note = lambda epoch, logs: (model.save(file), (folder / "epoch").write_text(str(epoch + 1)))  # noqa: E731
         used.append(callbacks.LambdaCallback(on_epoch_end=note))
 
@@ -77,7 +94,13 @@ def child(method, folder):
             "optimizer": arrays(model.optimizer.variables),
             "dropout state": arrays(seeds),
             "best value": keeper.best if method == "ours" else best.best,
-            "counters": [reduce_rate.best, reduce_rate.wait, stopping.best, stopping.wait, stopping.best_epoch],
+            "counters": [
+                reduce_rate.best,
+                reduce_rate.wait,
+                stopping.best,
+                stopping.wait,
+                stopping.best_epoch,
+            ],
         }
 
     taken = {}
@@ -142,53 +165,123 @@ def table(methods):
         print(f"| {name} |", " | ".join(cells), "|", flush=True)
 
 
-def network(**options):
-    """One of the size of the notebook's, compiled."""
+def network(megabytes):
+    """A compiled model whose weights take about so many megabytes: four times that with Adam's and with the file."""
     import keras
     from keras import layers
 
-    stack = [keras.Input((32, 32, 3)), layers.Conv2D(24, 2)]
-    for filters in (64, 256, 256):
-        stack += [layers.Conv2D(filters, 3, padding="same", use_bias=False), layers.MaxPooling2D()]
-        stack += [layers.BatchNormalization(), layers.Conv2D(filters, 3, padding="same", use_bias=False)]
-        stack += [layers.BatchNormalization(), layers.Activation("gelu"), layers.Dropout(0.05)]
-    model = keras.Sequential([*stack, layers.GlobalMaxPooling2D(), layers.Dense(10, activation="softmax")])
-    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "categorical_crossentropy", **options)
+    units = round((megabytes * 1e6 / 4 / 2) ** 0.5)
+    model = keras.Sequential(
+        [keras.Input((8,)), *[layers.Dense(units) for _ in range(3)], layers.Dense(10)]
+    )
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
     return model
 
 
-def cost():
-    """Time of one save of the notebook's network, ours against ModelCheckpoint's, in turn in one process."""
+def megabytes_of(name):
+    """What Linux says of this process's memory: VmRSS, or its peak since the last reset, VmHWM."""
+    (line,) = [
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    ]
+    return int(line.split()[1]) / 1000
+
+
+def cost(megabytes, saves=5):
+    """Prints time and memory of one save: ours, ModelCheckpoint's and OrbaxCheckpoint's, in turn in one process."""
     import keras
-    import numpy as np
 
     from visual_callbacks import ResumableCheckpoint
 
-    model = network()
-    x, y = np.zeros((8, 32, 32, 3), "float32"), np.eye(10, dtype="float32")[np.zeros(8, int)]
-    times = {"ours": [], "ours, also best": [], "ModelCheckpoint": []}
+    model = network(megabytes)
     with tempfile.TemporaryDirectory() as work:
-        keeper = ResumableCheckpoint(f"{work}/ours", monitor="loss", verbose=0)
-        peer = keras.callbacks.ModelCheckpoint(f"{work}/peer.keras")
-        model.fit(x, y, verbose=0, callbacks=[keeper, peer])
-        keeper.on_train_begin()  # a second training, of which only the saves are done
-        keeper.on_epoch_begin(1)
-        for epoch in range(1, 16):
-            for name, logs in (("ours", {"loss": 99.0}), ("ours, also best", {"loss": 1.0 / epoch})):
-                if name == "ours, also best":
-                    keeper.best = None
+        # The loss grows, so that ours writes one file, too; it falls, and it writes two.
+        methods = {
+            "ours": (ResumableCheckpoint(f"{work}/ours", monitor="loss", verbose=0), 1),
+            "ours, with best_model.hdf5": (
+                ResumableCheckpoint(f"{work}/best", monitor="loss", verbose=0),
+                -1,
+            ),
+            "ModelCheckpoint, .keras": (keras.callbacks.ModelCheckpoint(f"{work}/peer.keras"), 1),
+        }
+        try:
+            import orbax.checkpoint  # noqa: F401
+
+            orbax = keras.callbacks.OrbaxCheckpoint(f"{work}/orbax", max_to_keep=1)
+            methods["OrbaxCheckpoint"] = (orbax, 1)
+        except (ImportError, AttributeError):
+            print("OrbaxCheckpoint was left out: orbax-checkpoint is not installed")
+        lists = {}
+        for name, (callback, _) in methods.items():
+            lists[name] = keras.callbacks.CallbackList(
+                [callback], model=model, epochs=saves + 2, steps=1
+            )
+            lists[name].on_train_begin()
+        seconds, memory, check = ({name: [] for name in methods} for _ in range(3))
+        for epoch in range(saves + 1):
+            for name, (_, sign) in methods.items():
                 began = time.perf_counter()
-                keeper.on_epoch_end(epoch, logs)
-                keeper.on_epoch_begin(epoch + 1)
-                times[name].append(time.perf_counter() - began)
-            began = time.perf_counter()
-            peer.on_epoch_end(epoch, {"loss": 1.0})
-            times["ModelCheckpoint"].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    reference = medians["ModelCheckpoint"]
-    for name, seconds in medians.items():
-        print(f"{name}: {seconds * 1000:.0f} ms a save, {seconds / reference:.2f} times ModelCheckpoint's")
-    print(json.dumps({"seconds": medians, "parameters": model.count_params()}))
+                lists[name].on_epoch_begin(epoch)
+                for batch in range(10):
+                    lists[name].on_train_batch_begin(batch)
+                    lists[name].on_train_batch_end(batch, {"loss": 1.0})
+                check[name].append(time.perf_counter() - began)
+                before = megabytes_of("VmRSS")
+                Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+                began = time.perf_counter()
+                lists[name].on_epoch_end(epoch, {"loss": 100.0 + sign * epoch})
+                seconds[name].append(time.perf_counter() - began)
+                memory[name].append(megabytes_of("VmHWM") - before)
+        size = Path(work, "ours", "saved_model.hdf5").stat().st_size / 1e6
+        for callback_list in lists.values():
+            callback_list.on_train_end()
+    print(
+        f"\nOne save of {megabytes:.0f} MB of weights, with Adam's variables a file of {size:.0f} MB:\n"
+    )
+    print("| method | seconds | times ModelCheckpoint | memory at its peak, MB | times the file |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    reference = statistics.median(seconds["ModelCheckpoint, .keras"][1:])
+    for name in methods:
+        median, peak = statistics.median(seconds[name][1:]), max(memory[name])
+        print(
+            f"| {name} | {median:.3f} | {median / reference:.2f} | {peak:.0f} | {peak / size:.2f} |",
+            flush=True,
+        )
+    print(f"\nOur self-check adds {1000 * statistics.median(check['ours']):.0f} ms to an epoch.")
+
+
+def history_cost():
+    """Prints the time of a save after 5,000 epochs of 20 metrics, beside that after 10."""
+    import keras
+
+    from visual_callbacks import ResumableCheckpoint
+
+    medians = []
+    for epochs in (10, 5000):
+        model = network(0.1)
+        with tempfile.TemporaryDirectory() as work:
+            keeper = ResumableCheckpoint(work, monitor="loss", mode="max", verbose=0)
+            keeper.restore(model)
+            callbacks = keras.callbacks.CallbackList(
+                [keeper], model=model, epochs=epochs + 6, steps=1
+            )
+            for epoch in range(epochs):
+                keeper._records[epoch] = {f"metric_{i}": 1 / (epoch + i + 1) for i in range(20)} | {
+                    "loss": 1.0
+                }
+            keeper._next_epoch = epochs
+            callbacks.on_train_begin()
+            times = []
+            for epoch in range(epochs, epochs + 6):
+                callbacks.on_epoch_begin(epoch)
+                began = time.perf_counter()
+                callbacks.on_epoch_end(epoch, {"loss": 1.0 - epoch / 1e5})
+                times.append(time.perf_counter() - began)
+            medians.append(statistics.median(times[1:]))
+    more = 1000 * (medians[1] - medians[0])
+    print(
+        f"\n5,000 epochs of 20 metrics in the history: {more:.0f} ms more a save than with 10 epochs"
+    )
 
 
 if __name__ == "__main__":
@@ -200,4 +293,6 @@ if __name__ == "__main__":
         if unknown:
             sys.exit(f"METHOD: expected some of {', '.join(METHODS)}, got {', '.join(unknown)}")
         table(methods)
-        cost()
+        for megabytes in SIZES:
+            cost(megabytes)
+        history_cost()

@@ -60,15 +60,20 @@ def main(arguments):
         names = cells_before_training(**knobs)
         model = names["model"]
         train_data = names["train_data"]
-        train_data.start_epoch(names["EPOCHS"] - 1)  # one that sees whole images, but for its first batch
         part = Part(train_data, batches)
-        plotter = next(callback for callback in names["callbacks"] if isinstance(callback, AccLossPlotter))
+        plotter = next(
+            callback for callback in names["callbacks"] if isinstance(callback, AccLossPlotter)
+        )
         matrix = tf.random.normal((side, side))
         product = tf.function(lambda: tf.reduce_sum(tf.matmul(matrix, matrix)))
         fit_times, product_times = [], []
         for _ in range(6):  # the first of each warms up
-            product_times.append(seconds(lambda: [product().numpy() for _ in range(products)]) / products)
-            fit_times.append(seconds(lambda: model.fit(part, shuffle=False, verbose=0, callbacks=[plotter])))
+            product_times.append(
+                seconds(lambda: [product().numpy() for _ in range(products)]) / products
+            )
+            fit_times.append(
+                seconds(lambda: model.fit(part, shuffle=False, verbose=0, callbacks=[plotter]))
+            )
         report(names, batches, 2 * side**3, fit_times[1:], product_times[1:])
         os.chdir(paths.ROOT)
 
@@ -76,13 +81,18 @@ def main(arguments):
 def report(names, batches, product_flop, fit_times, product_times):
     size = names["BATCH_SIZE"]
     whole = forward_flop(names["model"])
-    first = forward_flop(names["model"], 24 if names["SMALL_SHARE"] else 32)
-    flop = 3 * size * (first + (batches - 1) * whole)
-    shares = [flop / fit / (product_flop / product) for fit, product in zip(fit_times, product_times)]
+    flop = 3 * size * batches * whole
+    shares = [
+        flop / fit / (product_flop / product) for fit, product in zip(fit_times, product_times)
+    ]
     fit_time = statistics.median(fit_times)
     product_rate = product_flop / statistics.median(product_times) / 1e9
-    print(f"{size * batches / fit_time:.0f} images a second, {whole / 1e9:.3f} GFLOP forward an image")
-    print(f"training {flop / fit_time / 1e9:.0f} GFLOP/s, matrix product {product_rate:.0f} GFLOP/s")
+    print(
+        f"{size * batches / fit_time:.0f} images a second, {whole / 1e9:.3f} GFLOP forward an image"
+    )
+    print(
+        f"training {flop / fit_time / 1e9:.0f} GFLOP/s, matrix product {product_rate:.0f} GFLOP/s"
+    )
     print(f"share of the matrix product's rate: {statistics.median(shares):.2f}")
     print(f"a whole training of {names['EPOCHS']} epochs: {training_flop(names) / 1e15:.3f} PFLOP")
 

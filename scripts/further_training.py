@@ -27,7 +27,7 @@ from ship import save  # noqa: E402
 from visual_callbacks import AccLossPlotter, ResumableCheckpoint  # noqa: E402
 
 # What differs from the preset: half of its first corrections, as the weights are good ones, and fewer epochs.
-KNOBS = dict(PRESET="full", EPOCHS=25, SMALL_SHARE=0.37, LEARNING_RATE=0.25, FILTER_RATE=0.04)
+KNOBS = dict(PRESET="full", EPOCHS=25, LEARNING_RATE=0.25, FILTER_RATE=0.04)
 
 
 def mixed(images, labels, rng):
@@ -49,9 +49,9 @@ def mixed(images, labels, rng):
 def in_bfloat16(conv):
     """The notebook's `conv`, its convolution computed in bfloat16; weights, and what comes after it, stay float32."""
 
-    def faster(x, filters):
+    def faster(x, filters, name):
         keras.config.set_dtype_policy("mixed_bfloat16")
-        x = conv(x, filters)
+        x = conv(x, filters, name)
         keras.config.set_dtype_policy("float32")
         return x
 
@@ -61,7 +61,8 @@ def in_bfloat16(conv):
 def main(first, folder, seed="0"):
     first, folder = Path(first).absolute(), Path(folder).absolute()
     os.environ["CIFAR10_NPZ"] = str(Path(os.environ["CIFAR10_NPZ"]).absolute())
-    with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):  # where the notebook's pictures go
+    # The notebook's pictures go to `work`.
+    with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):
         names = cells_before_training(SEED=int(seed), **KNOBS)
 
     class Mixed(type(names["train_data"])):
@@ -70,9 +71,13 @@ def main(first, folder, seed="0"):
             self.epoch = epoch
 
         def __getitem__(self, batch):
-            return mixed(*super().__getitem__(batch), np.random.default_rng([names["SEED"], self.epoch, batch]))
+            return mixed(
+                *super().__getitem__(batch),
+                np.random.default_rng([names["SEED"], self.epoch, batch]),
+            )
 
-    train_data, plain = Mixed(names["x_train"], names["y_train"]), names["model"]
+    train_data = Mixed(names["x_train"], names["y_train"], names["BATCH_SIZE"])
+    plain = names["model"]
     names["conv"] = in_bfloat16(names["conv"])
     model = names["build_model"]()
     model.load_weights(first)
@@ -88,7 +93,9 @@ def main(first, folder, seed="0"):
         shuffle=False,
         verbose=0,
         callbacks=[
-            keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: train_data.start_epoch(epoch)),
+            keras.callbacks.LambdaCallback(
+                on_epoch_begin=lambda epoch, logs: train_data.start_epoch(epoch)
+            ),
             AccLossPlotter(save_graph=True, path=folder / "loss.png", title=names["data_name"]),
             checkpoint,
         ],
@@ -106,7 +113,9 @@ if __name__ == "__main__":
     if not Path(os.environ.get("CIFAR10_NPZ", "")).is_file():
         sys.exit("CIFAR10_NPZ: set it to the array file of the real data.")
     if not Path(sys.argv[1]).is_file():
-        sys.exit(f"FIRST: there is no file {sys.argv[1]}. `make run PRESET=full` makes one and names its folder.")
+        sys.exit(
+            f"FIRST: there is no file {sys.argv[1]}. `make run PRESET=full` makes one and names its folder."
+        )
     if len(sys.argv) == 4 and not sys.argv[3].isdecimal():
         sys.exit(f"SEED: expected a whole number, got {sys.argv[3]}")
     main(*sys.argv[1:])

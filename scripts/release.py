@@ -10,9 +10,11 @@ import `code_digest` from here, to notice a code cell edited since.
 import base64
 import hashlib
 import io
+import os
 import re
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import nbformat
@@ -20,7 +22,17 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "CIFAR_10_Classification.ipynb"
-FIGURES = ("sample.png", "loss.png", "confusion_matrix.png", "results.png")
+# Where this machine keeps the libraries (with their example photographs): of no interest to a reader.
+LIBRARIES = sysconfig.get_path("purelib") + os.sep
+MOST_EXACT = 150_000  # characters of Base64, up to which a picture keeps all its colours
+FIGURES = (
+    "sample.png",
+    "loss.png",
+    "confusion_matrix.png",
+    "results.png",
+    "filters.png",
+    "training.gif",
+)
 
 
 def code_digest(notebook):
@@ -32,7 +44,9 @@ def code_digest(notebook):
 def with_badge_to(text, repository):
     """The text of a first page with a badge below its title: it opens this repository's notebook in Colab."""
     address = f"https://colab.research.google.com/github/{repository}/blob/main/{NOTEBOOK.name}"
-    badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
+    badge = (
+        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
+    )
     title, rest = text.split("\n\n", 1)
     if rest.startswith("[![Open in Colab]"):
         rest = rest.split("\n\n", 1)[1]
@@ -45,7 +59,9 @@ def set_repository(notebook, repository):
         sys.exit(f"REPOSITORY: expected owner/name, got {repository!r}")
     first_page, first_code = notebook.cells[:2]
     first_page.source = with_badge_to(first_page.source, repository)
-    first_code.source = re.sub(r'repository = "[^"]*"', f'repository = "{repository}"', first_code.source)
+    first_code.source = re.sub(
+        r'repository = "[^"]*"', f'repository = "{repository}"', first_code.source
+    )
 
 
 def printed(notebook):
@@ -55,22 +71,27 @@ def printed(notebook):
 
 
 def packed(png):
-    """The same picture, in Base64 as it came, with the compression that takes longest."""
+    """The picture, in Base64 as it came, with the compression that takes longest; a large one in 256 colours."""
     buffer, picture = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(png)))
-    if picture.mode == "RGBA" and picture.getextrema()[3] == (255, 255):  # nothing in it is transparent
+    # Nothing in it is transparent.
+    if picture.mode == "RGBA" and picture.getextrema()[3] == (255, 255):
         picture = picture.convert("RGB")
+    if len(png) > MOST_EXACT:
+        picture = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     picture.save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def clean(notebook):
-    """Drops what the runner and the libraries left behind (metadata, start-up lines), and packs the pictures."""
+    """Drops what the runner and the machine left behind (metadata, start-up lines, folders); packs the pictures."""
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.outputs:
+                if "text" in output:
+                    output.text = output.text.replace(LIBRARIES, "")
                 if "image/png" in output.get("data", {}):
                     output.data["image/png"] = packed(output.data["image/png"])
     notebook.metadata = nbformat.from_dict(
@@ -95,12 +116,20 @@ def main():
     folder = ROOT / re.search(r"This run is kept in (\S+)", text)[1]
     if "STAND-IN" in text:
         sys.exit("This run used the stand-in; a release shows real data. Set CIFAR10_NPZ.")
-    injected = [cell.source for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    injected = [
+        cell.source
+        for cell in notebook.cells
+        if "injected-parameters" in cell.metadata.get("tags", [])
+    ]
     knobs = [line for line in "".join(injected).splitlines() if line and not line.startswith("#")]
     if knobs:
-        sys.exit(f"A release has the default preset's knobs, this run ({folder}) has others: {', '.join(knobs)}")
+        sys.exit(
+            f"A release has the default preset's knobs, this run ({folder}) has others: {', '.join(knobs)}"
+        )
     if "epoch 1/" not in text:
-        sys.exit(f"This run trained nothing, as {folder} holds a finished one. Move that folder away and run again.")
+        sys.exit(
+            f"This run trained nothing, as {folder} holds a finished one. Move that folder away and run again."
+        )
     clean(notebook)
     nbformat.write(notebook, NOTEBOOK)
     (ROOT / "Images").mkdir(exist_ok=True)

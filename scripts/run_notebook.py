@@ -2,8 +2,8 @@
 
     python scripts/run_notebook.py [KNOB=VALUE ...]
 
-The knobs are those of the notebook's cell of parameters. What its cells print appears here as well. The executed
-notebook is kept in the run's own folder under a name of its own, so that none is ever overwritten.
+The knobs are those of the notebook's cell of parameters. What the cells tagged `report` print appears here as well.
+The executed notebook is kept in the run's own folder under a name of its own, so that none is ever overwritten.
 """
 
 import logging
@@ -12,12 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import papermill
 import yaml
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "CIFAR_10_Classification.ipynb"
 RUNS = Path("models", "runs")
+STOPPED = "Stopped. Run the same command again to continue."
 
 
 def read_knobs(arguments):
@@ -49,21 +51,52 @@ def into_its_folder(executed):
     return executed.replace(Path(named[1], executed.name)) if named else executed
 
 
+class OnlyReports(logging.Filter):
+    """Of all that papermill logs, leaves what cells tagged `report` print, and warnings."""
+
+    def __init__(self, has_knobs):
+        super().__init__()
+        self.tags = []
+        for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+            self.tags.append(cell.metadata.get("tags", []))
+            if has_knobs and "parameters" in self.tags[-1]:
+                self.tags.append([])  # the cell in which papermill sets the knobs
+        self.is_report = False
+
+    def filter(self, record):
+        text = record.getMessage()
+        begun = re.match(r"Executing Cell (\d+)-", text)
+        if begun:
+            self.is_report = "report" in self.tags[int(begun[1]) - 1]
+        is_note = re.match(
+            r"Executing |Ending Cell|Input Notebook|Output Notebook|<Figure |<.* object>", text
+        )
+        is_printed = self.is_report and text.strip() and not is_note
+        return bool(is_printed) or record.levelno >= logging.WARNING
+
+
 def main(arguments):
     knobs = read_knobs(arguments)
     RUNS.mkdir(parents=True, exist_ok=True)
     executed = new_path()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    only_reports = OnlyReports(bool(knobs))
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(only_reports)
+        handler.terminator = ""  # what cells print ends its lines itself
     options = {"kernel_name": "python3", "progress_bar": False, "log_output": True}
     problem = None
     try:
         papermill.execute_notebook(str(NOTEBOOK), str(executed), knobs, **options)
     except papermill.PapermillExecutionError as error:
-        problem = str(error)
+        is_stopped = error.ename == "KeyboardInterrupt"
+        problem = STOPPED if is_stopped else str(error)
     except KeyboardInterrupt:
-        problem = "Stopped. Run the same command again to continue."
+        problem = STOPPED
     executed = into_its_folder(executed)
-    for line in re.findall(r"(?:This run is kept in models|Test accuracy[a-z ]*: [01])[^\"\\]*", executed.read_text()):
+    result = r"(?:Validation accuracy|Test accuracy[a-z ]*): [01][^\"\\]*"
+    text = executed.read_text(encoding="utf-8")
+    for line in dict.fromkeys(re.findall(result, text)):
         print(line)
     print(f"Executed notebook: {executed}")
     sys.exit(problem)

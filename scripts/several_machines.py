@@ -16,7 +16,8 @@ from sklearn.datasets import load_digits  # noqa: E402
 
 from visual_callbacks import ResumableCheckpoint  # noqa: E402
 
-process, processes = int(sys.argv[1]), int(sys.argv[2])  # then, optionally, where process 0 can be reached
+# A third argument, if there is one, says where process 0 can be reached.
+process, processes = (int(sys.argv[1]), int(sys.argv[2]))
 # Of process 0; the others begin with a copy of it, or they may differ by an epoch.
 directory = Path("models/runs/several_machines")
 directory.parent.mkdir(parents=True, exist_ok=True)
@@ -26,18 +27,31 @@ if process:
         shutil.copytree(directory, scratch.name, dirs_exist_ok=True)
     directory = scratch.name
 keras.utils.set_random_seed(0)
-keras.distribution.initialize((sys.argv[3:] or ["127.0.0.1:12345"])[0], processes, process)  # waits for all
+# This waits for all processes.
+keras.distribution.initialize((sys.argv[3:] or ["127.0.0.1:12345"])[0], processes, process)
 keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
 
 digits = load_digits()
 images, labels = digits.images[:1792, ..., None].astype("float32") / 16, digits.target[:1792]
-images, labels = images[process::processes], labels[process::processes]  # this process's share, as long as the others'
+# This process's share, as long as the others'.
+images, labels = (images[process::processes], labels[process::processes])
 val_images, images, val_labels, labels = images[-128:], images[:-128], labels[-128:], labels[:-128]
-layers = [keras.layers.Conv2D(16, 3), keras.layers.BatchNormalization(), keras.layers.ReLU(), keras.layers.Flatten()]
-model = keras.Sequential([keras.Input((8, 8, 1)), *layers, keras.layers.Dropout(0.2), keras.layers.Dense(10)])
+layers = [
+    keras.layers.Conv2D(16, 3),
+    keras.layers.BatchNormalization(),
+    keras.layers.ReLU(),
+    keras.layers.Flatten(),
+]
+model = keras.Sequential(
+    [keras.Input((8, 8, 1)), *layers, keras.layers.Dropout(0.2), keras.layers.Dense(10)]
+)
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 model.compile(keras.optimizers.Adam(0.001), loss, metrics=["accuracy"])
 checkpoint = ResumableCheckpoint(directory, settings={"processes": processes}, verbose=process == 0)
 first = checkpoint.restore(model)
-rest = {"validation_data": (val_images, val_labels), "callbacks": [checkpoint], "verbose": 0 if process else 2}
+rest = {
+    "validation_data": (val_images, val_labels),
+    "callbacks": [checkpoint],
+    "verbose": 0 if process else 2,
+}
 model.fit(images, labels, 64 // processes, epochs=10, shuffle=False, initial_epoch=first, **rest)
