@@ -14,7 +14,7 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python;
 	$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 # What was set on the command line is a knob of the notebook's `parameters` cell.
-KNOBS := $(foreach name,$(filter-out PYTHON VENV REPOSITORY,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),$(name)))
+KNOBS := $(foreach name,$(filter-out PYTHON VENV REPOSITORY PART,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),$(name)))
 
 .DELETE_ON_ERROR:
 STACKS := $(basename $(notdir $(wildcard tests/stacks/*.txt)))
@@ -24,24 +24,25 @@ run: $(VENV)/ready
 	@$(BIN)/python scripts/run_notebook.py $(foreach name,$(KNOBS),'$(name)=$($(name))')
 
 lab: $(VENV)/ready
-	$(BIN)/jupyter lab $(NOTEBOOK)
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u 2>/dev/null)),--allow-root) $(NOTEBOOK)
 
 test: $(VENV)/ready-to-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+	$(BIN)/python -m pytest -n 3 --dist loadgroup -m 'not slow'
 
 # All that takes long, too: 40 kills, the scripts, the other sets of versions (of which Colab's runs the tests of Colab).
 test-all: test test-slow $(STACKS:%=test-%)
 
+# With PART=1/2, every other one.
 test-slow: $(VENV)/ready-to-test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'slow and not colab'
+	$(BIN)/python -m pytest -n 3 --dist loadgroup -m 'slow and not colab' --part $(or $(PART),1/1)
 
 # Other sets of versions (tests/stacks), each in an environment of its own: test-colab, test-oldest, test-jax, test-torch.
 $(STACKS:%=test-%): test-%: tests/stacks/%.txt
 	$(PYTHON) -m venv $(VENV)/stacks/$*
 	$(VENV)/stacks/$*/$(notdir $(BIN))/python -m pip install --quiet --disable-pip-version-check -r $<
 	KERAS_BACKEND=$(or $(filter jax torch,$*),tensorflow) $(VENV)/stacks/$*/$(notdir $(BIN))/python -m pytest \
-	-m 'stack$(if $(filter oldest,$*), or versions)$(if $(filter colab,$*), or colab or browser)'
+	-m 'stack$(if $(filter oldest,$*), or versions)$(if $(filter jax,$*), or devices)$(if $(filter colab,$*), or colab or (browser and not slow))'
 
 release: $(VENV)/ready-to-test
 	@test -n "$$CIFAR10_NPZ" || { echo "Set CIFAR10_NPZ to the array file of the real data." >&2; exit 2; }

@@ -43,6 +43,20 @@ def images():
     return x.astype("float32"), np.eye(3, dtype="float32")[labels]
 
 
+def small():
+    """A network that trains in a moment, for tests of what goes on around a training."""
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Flatten(),
+            layers.Dense(4, activation="relu"),
+            layers.BatchNormalization(),
+            layers.Dropout(0.3),
+            layers.Dense(3, activation="softmax"),
+        ]
+    )
+
+
 def sequential():
     return keras.Sequential(
         [
@@ -51,7 +65,9 @@ def sequential():
             layers.RandomTranslation(0.1, 0.1),
             layers.GaussianNoise(0.1),
             layers.Conv2D(4, 3),
-            layers.Activation("relu"),  # which Keras calls "activation": the key of its setting, too
+            layers.Activation(
+                "relu"
+            ),  # which Keras calls "activation": the key of its setting, too
             layers.BatchNormalization(),
             layers.Dropout(0.3),
             layers.Flatten(),
@@ -64,23 +80,35 @@ def functional():
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(4, 3, padding="same")(inputs)
     x = layers.Add()([x, layers.Dropout(0.2, seed=3)(layers.BatchNormalization()(x))])
-    branch = keras.Sequential([keras.Input((8, 8, 4)), layers.GlobalAveragePooling2D(), layers.Dropout(0.1)])
+    branch = keras.Sequential(
+        [keras.Input((8, 8, 4)), layers.GlobalAveragePooling2D(), layers.Dropout(0.1)]
+    )
     return keras.Model(inputs, layers.Dense(3, activation="softmax")(branch(x)))
 
 
 def cosine():
-    return keras.optimizers.schedules.CosineDecay(0.01, EPOCHS * 6, warmup_target=0.1, warmup_steps=6)
+    return keras.optimizers.schedules.CosineDecay(
+        0.01, EPOCHS * 6, warmup_target=0.1, warmup_steps=6
+    )
 
 
 def plateau():
     return [
-        keras.callbacks.ReduceLROnPlateau(monitor="loss", factor=0.5, patience=1, min_delta=0.2, cooldown=1),
-        keras.callbacks.EarlyStopping(monitor="val_accuracy", patience=9, restore_best_weights=True),
-        keras.callbacks.ModelCheckpoint("best.weights.h5", save_best_only=True, save_weights_only=True),
+        keras.callbacks.ReduceLROnPlateau(
+            monitor="loss", factor=0.5, patience=1, min_delta=0.2, cooldown=1
+        ),
+        keras.callbacks.EarlyStopping(
+            monitor="val_accuracy", patience=9, restore_best_weights=True
+        ),
+        keras.callbacks.ModelCheckpoint(
+            "best.weights.h5", save_best_only=True, save_weights_only=True
+        ),
     ]
 
 
 CONFIGS = {  # name: model, optimizer, other callbacks
+    "small": (small, lambda: SGD(0.05, momentum=0.9, nesterov=True), list),
+    "small with adam": (small, lambda: ADAM(0.01), list),
     "sgd": (sequential, lambda: SGD(0.05, momentum=0.9, nesterov=True), list),
     "adam": (sequential, lambda: ADAM(0.01), list),
     "adamw": (functional, lambda: ADAMW(0.01, weight_decay=0.01), list),
@@ -96,12 +124,24 @@ def train(config, folder, epochs=EPOCHS, extra=(), first=False, settings=None, *
     keras.backend.clear_session()  # generated names begin anew, as in a fresh process
     keras.utils.set_random_seed(7)
     model, others = make_model(), make_callbacks()
-    model.compile(make_optimizer(), "categorical_crossentropy", metrics=["accuracy"])
+    is_small = make_model is small
+    # The small network eagerly: to trace it takes longer than its few steps.
+    model.compile(
+        make_optimizer(), "categorical_crossentropy", metrics=["accuracy"], run_eagerly=is_small
+    )
     x, y = images()
+    if is_small:
+        x, y = x[:48], y[:48]
     data = Batches(x, y)
-    checkpoint = ResumableCheckpoint(folder, callbacks=others, settings=settings or {"batch": BATCH}, **options)
-    order = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: data.start_epoch(epoch))
-    callbacks = [checkpoint, order, *others, *extra] if first else [order, *others, *extra, checkpoint]
+    checkpoint = ResumableCheckpoint(
+        folder, callbacks=others, settings=settings or {"batch": BATCH}, **options
+    )
+    order = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: data.start_epoch(epoch)
+    )
+    callbacks = (
+        [checkpoint, order, *others, *extra] if first else [order, *others, *extra, checkpoint]
+    )
     history = model.fit(
         data,
         epochs=epochs,
@@ -122,8 +162,16 @@ def prepare():
         tf.config.experimental.enable_op_determinism()
 
 
+def train_by_itself(config, folder):
+    """Trains or continues as the only thing that a process does."""
+    prepare()
+    train(config, folder, monitor="loss")
+
+
 if __name__ == "__main__":
     prepare()
-    report = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: print("began", epoch, flush=True))
+    report = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: print("began", epoch, flush=True)
+    )
     train(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]), extra=[report], monitor="loss")
     print("finished", flush=True)
