@@ -1038,6 +1038,9 @@ class _Board:
         ]
         # The page `live.html` is in the directory of a ResumableCheckpoint that takes part.
         self.live_path = checkpoints[0]._files.directory / LIVE if checkpoints else None
+        # The cell that trains. When it has ended, and the last picture is shown, IPython already counts the next one.
+        shell = _kernel_shell()
+        self.cell = shell.execution_count if shell else None
 
     @classmethod
     def of_this_training(cls, plotter):
@@ -1067,11 +1070,11 @@ class _Board:
         pixels = _side_by_side(pictures, self.WIDTH)
         png = _png(pixels)
         if shell:
-            self._show_in_cell(png, pixels.shape, shell.execution_count)
+            self._show_in_cell(png, pixels.shape)
         if self.live_path is not None:
             _write_picture(self.live_path, _live_page(png).encode())
 
-    def _show_in_cell(self, png, shape, cell):
+    def _show_in_cell(self, png, shape):
         from IPython import display
 
         image = display.Image(png, width=shape[1], height=shape[0])
@@ -1079,12 +1082,12 @@ class _Board:
         shown_in, *others = [plotter.shown_in for plotter in self.plotters]
         if (
             shown_in is not None
-            and shown_in.cell == cell
+            and shown_in.cell == self.cell
             and all(other is shown_in for other in others)
         ):
             shown_in.handle.update(image)
             return
-        shown_in = _ShownIn(cell, display.display(image, display_id=True))
+        shown_in = _ShownIn(self.cell, display.display(image, display_id=True))
         for plotter in self.plotters:
             plotter.shown_in = shown_in
 
