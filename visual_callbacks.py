@@ -56,6 +56,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 import weakref
 import zlib
@@ -109,7 +110,7 @@ def _plain(value):
     return json.loads(_json(value))
 
 
-# The last words of the names of which everyone knows what is better; of others, Keras may know (see `_direction`).
+# A metric whose name ends in one of these words is better when smaller, or larger. Keras is asked about all others.
 _LESS_IS_BETTER = {"loss", "error", "mae", "mse", "rmse", "mape", "msle"}
 _MORE_IS_BETTER = {"acc", "accuracy", "auc", "precision", "recall", "f1"}
 
@@ -117,6 +118,16 @@ _MORE_IS_BETTER = {"acc", "accuracy", "auc", "precision", "recall", "f1"}
 def _expect(good, argument, wanted, got, error=ValueError):
     if not good:
         raise error(f"{argument}: expected {wanted}, got {got!r}")
+
+
+def _expect_names(classes):
+    is_list = hasattr(classes, "__len__") and not isinstance(classes, str)
+    _expect(is_list and len(classes) > 1, "classes", "a list of at least two names", classes)
+
+
+def _expect_images(images):
+    is_right = images.ndim == 4 and images.size > 0
+    _expect(is_right, "images", "an array of shape (n, height, width, channels)", images.shape)
 
 
 def _number(value):
@@ -155,16 +166,14 @@ def _direction(name, model=None):
 
 
 def _arguments_of(method, model):
-    """The arguments of this model's `fit` or `evaluate` that is running now, by name; none where none is.
+    """The arguments of this model's running `fit` or `evaluate`, by name; empty if none is running.
 
     Keras tells its callbacks nothing about the data. So they are looked up where Keras has them: among the local
     variables of the method that called us.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
+    for frame, _ in traceback.walk_stack(inspect.currentframe()):
         if frame.f_code.co_name == method and frame.f_locals.get("self") is model:
             return dict(frame.f_locals)
-        frame = frame.f_back
     return {}
 
 
@@ -179,12 +188,8 @@ def _class_indices(labels, size, count, argument="Y_val"):
         labels = labels.argmax(axis=1)
     if labels.shape == (size, 1):
         labels = labels[:, 0]
-    _expect(
-        labels.shape == (size,),
-        argument,
-        f"shape {(size,)} or, one-hot, {(size, count)}",
-        np.shape(given),
-    )
+    wanted = f"shape {(size,)} or, one-hot, {(size, count)}"
+    _expect(labels.shape == (size,), argument, wanted, np.shape(given))
     is_class = size > 0 and np.isin(labels, range(count)).all()
     _expect(is_class, argument, f"whole numbers from 0 to {count - 1}", labels)
     return labels.astype(int)
@@ -192,12 +197,10 @@ def _class_indices(labels, size, count, argument="Y_val"):
 
 def _callback_list():
     """The keras.callbacks.CallbackList that is calling its callbacks now; None where there is none."""
-    frame = inspect.currentframe()
-    while frame is not None:
+    for frame, _ in traceback.walk_stack(inspect.currentframe()):
         caller = frame.f_locals.get("self")
         if isinstance(caller, keras.callbacks.CallbackList):
             return caller
-        frame = frame.f_back
     return None
 
 
@@ -205,11 +208,6 @@ def _callback_list():
 # All that a model holds, and the global random states: what looking must not change, and what a checkpoint keeps.
 
 torch = sys.modules["torch"] if keras.backend.backend() == "torch" else None
-
-
-def _value(variable):
-    """A variable of any backend as a NumPy array."""
-    return np.asarray(keras.ops.convert_to_numpy(variable))
 
 
 def _checksum_of(arrays):
@@ -264,7 +262,7 @@ def _checksums(model):
     kinds = {"weights": model.weights, **_state_variables(model)}
     sums = {}
     for kind, variables in kinds.items():
-        sums[kind] = _checksum_of(_value(variable) for variable in variables)
+        sums[kind] = _checksum_of(keras.ops.convert_to_numpy(variable) for variable in variables)
     return sums
 
 
@@ -297,7 +295,7 @@ def _set_random_state(states):
 # Drawing --------------------------------------------------------------------------------------------------------------
 # Functions from data to a Matplotlib Figure. They leave pyplot alone and can draw again in a figure that they made.
 
-# Okabe and Ito's colours, safe for colour-blind readers.
+# Blue and vermilion are Okabe and Ito's, safe for colour-blind readers.
 TRAINING, VALIDATION, MUTED = "#0072B2", "#D55E00", "#595959"
 _TOO_LARGE_TO_DRAW = 1e100  # Matplotlib's axes fail where the square of a value overflows
 
@@ -322,20 +320,18 @@ def plot_history(
         TypeError: `history` is neither. ValueError: `graphs` is no list of names; or there are fewer values of a metric
             than epochs, and it is not known which epochs they are of.
     """
-    is_list = not isinstance(graphs, str) and len(graphs) > 0
-    named = is_list and all(isinstance(name, str) and name for name in graphs)
-    _expect(named, "graphs", 'a list of metric names such as ["acc", "loss"]', graphs)
+    named = isinstance(graphs, (list, tuple)) and len(graphs) > 0
+    # The validation curve of a metric stands beside its own.
+    named = named and all(isinstance(name, str) and name for name in graphs)
+    named = named and not any(name.startswith("val_") for name in graphs)
+    wanted = 'a list of metric names such as ["acc", "loss"], without "val_"'
+    _expect(named, "graphs", wanted, graphs)
     model = None
     if isinstance(history, keras.callbacks.History):
         model = history.model
         history = _as_recorded(history)
-    _expect(
-        isinstance(history, dict),
-        "history",
-        "a keras History or a dict of lists",
-        history,
-        TypeError,
-    )
+    is_dict = isinstance(history, dict)
+    _expect(is_dict, "history", "a keras History or a dict of lists", history, TypeError)
     history = _with_gaps(history, graphs, validation_freq)
     return _draw_history(history, graphs, resumed_at, title, figure, _facts(graphs, history, model))
 
@@ -363,10 +359,7 @@ def _is_same_history(one, other):
 
 def _with_gaps(history, graphs, validation_freq):
     """The history with None for each epoch in which there was no validation. Raises ValueError if it is not known."""
-    shown = []
-    for graph in graphs:
-        metric = _find_metric(graph, history)
-        shown += [name for name in (metric, f"val_{metric}") if name in history]
+    shown = _curves_of(graphs, history)
     epochs = list(history.get("epoch", []))
     if not epochs:
         epochs = list(range(max((len(history[name]) for name in shown), default=0)))
@@ -511,15 +504,6 @@ def _find_metric(graph, names):
     return None
 
 
-_ACCURACIES = (
-    "acc",
-    "accuracy",
-    "binary_accuracy",
-    "categorical_accuracy",
-    "sparse_categorical_accuracy",
-)
-
-
 def _metrics_of(graphs, names):
     """The metrics among `names` that graphs stand for, each once."""
     found = []
@@ -528,6 +512,12 @@ def _metrics_of(graphs, names):
         if name is not None and name not in found:
             found.append(name)
     return found
+
+
+def _curves_of(graphs, names):
+    """The names of the curves in the panels, training and validation, as far as they were logged."""
+    curves = [curve for name in _metrics_of(graphs, names) for curve in (name, f"val_{name}")]
+    return [curve for curve in curves if curve in names]
 
 
 def _is_accuracy(name):
@@ -547,7 +537,8 @@ def _output_count(model):
 def _accuracy_of_guessing(name, model):
     """The accuracy that guessing gets, of a model with one output of classes; None where it is not known."""
     count = _output_count(model)
-    if name not in _ACCURACIES or count is None:  # an accuracy of the best five, say
+    is_of_one_class = re.fullmatch("acc|(binary_|(sparse_)?categorical_)?accuracy", name)
+    if not is_of_one_class or count is None:  # an accuracy of the best five, say
         return None
     loss = model.loss if isinstance(model.loss, str) else type(model.loss).__name__
     is_binary = count == 1 or "binary" in f"{loss} {name}".lower()
@@ -649,14 +640,10 @@ def plot_confusion_matrix(
         ValueError: fewer than two names, or a matrix of another shape or with negative counts.
     """
     matrix = np.asarray(matrix, float)
+    _expect_names(classes)
     count = len(classes)
-    _expect(not isinstance(classes, str) and count > 1, "classes", "at least two names", classes)
-    _expect(
-        matrix.shape == (count, count) and (matrix >= 0).all(),
-        "matrix",
-        f"{count} x {count} counts",
-        matrix,
-    )
+    is_right = matrix.shape == (count, count) and (matrix >= 0).all()
+    _expect(is_right, "matrix", f"{count} x {count} counts", matrix)
     return _draw_matrix(matrix, classes, normalize, cmap, title, ax, cell=0.5)
 
 
@@ -709,17 +696,12 @@ def _widest(texts, font):
 def _set_title(ax, title, font):
     """Sets a title, in a smaller font than this one where it would be cut at an edge of the figure."""
     ax.set_title(title, fontsize=font, parse_math=False, loc="center")
-    room = _room_for_title(ax)
+    figure = ax.figure.canvas.figure  # also where the axes are in a part of one
+    middle, _ = ax.transAxes.transform(ax.title.get_position())
+    room = 2 * min(middle, figure.bbox.width - middle) / figure.dpi  # in inches
     if title and room > 0:
         needed = 1.03 * _widest([title], font)
         ax.title.set_fontsize(font * min(1, room / needed))
-
-
-def _room_for_title(ax):
-    """How wide a title can be without being cut at an edge of the figure, in inches."""
-    figure = ax.figure.canvas.figure  # also where the axes are in a part of one
-    middle, _ = ax.transAxes.transform(ax.title.get_position())
-    return 2 * min(middle, figure.bbox.width - middle) / figure.dpi
 
 
 def _matrix_axes(names, font, cell, has_bar):
@@ -786,7 +768,7 @@ def plot_images(
     for shape in (image.shape for image in images):
         is_shown = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
         _expect(is_shown, "images", "shapes (height, width) or (height, width, 1, 3 or 4)", shape)
-    is_count = isinstance(columns, int) and columns > 0
+    is_count = isinstance(columns, numbers.Integral) and columns > 0
     _expect(is_count, "columns", "a whole number from 1 on", columns)
     columns = min(columns, len(images))
     row_count = math.ceil(len(images) / columns)
@@ -801,11 +783,11 @@ def _draw_grid(images, titles, rows, shape, title, size, cmap, limits):
     beside = 0.1 + 0.085 * max(map(len, rows)) if rows else 0.1
     above = 0.35 if title else 0.05
     tile = size + (0.22 if titles else 0.06)
-    scale = 0.8 if limits else 0
+    scale = 0 if limits is None else 0.8
     width, height = beside + shape[1] * (size + 0.06) + scale, above + shape[0] * tile + 0.05
     figure = FigureCanvasAgg(Figure(figsize=(width, height), dpi=100)).figure
     figure.text(0.5, 1 - 0.08 / height, title, ha="center", va="top", parse_math=False)
-    low, high = limits or (None, None)
+    low, high = (None, None) if limits is None else limits
     for index, image in enumerate(images):
         row, column = divmod(index, shape[1])
         left, bottom = beside + column * (size + 0.06), height - above - (row + 1) * tile
@@ -818,7 +800,7 @@ def _draw_grid(images, titles, rows, shape, title, size, cmap, limits):
         if rows and column == 0:
             where = {"ha": "right", "va": "center", "transform": ax.transAxes}
             ax.text(-0.05, 0.5, rows[row], parse_math=False, **where)
-    if limits:
+    if limits is not None:
         box = ((width - scale + 0.1) / width, 0.1, 0.12 / width, 0.9 - above / height)
         figure.colorbar(shown, cax=figure.add_axes(box))
     return figure
@@ -952,10 +934,8 @@ def _shortened(text, most):
 
 def _images_to_show(images):
     """Images as floats from 0 to 1, of shape (n, height, width, 3)."""
-    given = np.shape(images)
     images = np.nan_to_num(np.asarray(images, "float32"))
-    is_four = images.ndim == 4 and min(images.shape) > 0
-    _expect(is_four, "images", "an array of shape (n, height, width, channels)", given)
+    _expect_images(images)
     _expect(len(images) <= MOST_IMAGES, "images", f"at most {MOST_IMAGES}", len(images))
     if _is_channels_first():
         images = np.moveaxis(images, 1, -1)
@@ -1028,8 +1008,6 @@ class _Board:
     """
 
     WIDTH = 900  # pixels in a row of pictures, which a notebook shows without shrinking them
-    # Weak references: a board lives as long as its plotters.
-    _of_lists = weakref.WeakKeyDictionary()
 
     def __init__(self, callbacks):
         self.plotters = [callback for callback in callbacks if isinstance(callback, _Plotter)]
@@ -1038,24 +1016,19 @@ class _Board:
         ]
         # The page `live.html` is in the directory of a ResumableCheckpoint that takes part.
         self.live_path = checkpoints[0]._files.directory / LIVE if checkpoints else None
-        # The cell that trains. When it has ended, and the last picture is shown, IPython already counts the next one.
+        # The number of the cell that trains. It is noted now: when the last picture is shown, after the cell has ended,
+        # IPython may count the next one already.
         shell = _kernel_shell()
         self.cell = shell.execution_count if shell else None
 
     @classmethod
     def of_this_training(cls, plotter):
-        """The board of the training that begins now; all its plotters share it."""
-        callback_list = _callback_list()
-        if callback_list is None or plotter not in callback_list.callbacks:
+        """The board of the training that begins now: its first plotter makes it, the others share it."""
+        callbacks = getattr(_callback_list(), "callbacks", [])
+        if plotter not in callbacks:
             return cls([plotter])
-        board = None
-        known = cls._of_lists.get(callback_list)
-        if known is not None:
-            board = known()  # None where its plotters are gone
-        if board is None:
-            board = cls(callback_list.callbacks)
-            cls._of_lists[callback_list] = weakref.ref(board)
-        return board
+        first = next(callback for callback in callbacks if isinstance(callback, _Plotter))
+        return cls(callbacks) if plotter is first else first._board
 
     def show_after(self, plotter):
         """Shows all pictures if this plotter is the last one: when an epoch ends, they change one after the other."""
@@ -1072,7 +1045,7 @@ class _Board:
         if shell:
             self._show_in_cell(png, pixels.shape)
         if self.live_path is not None:
-            _write_picture(self.live_path, _live_page(png).encode())
+            _write_quietly(self.live_path, _live_page(png).encode())
 
     def _show_in_cell(self, png, shape):
         from IPython import display
@@ -1129,23 +1102,26 @@ def _side_by_side(pictures, most):
 LIVE = "live.html"
 
 
+def _data_address(data, kind):
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
 def _live_page(png):
     """A page with the picture in it, which reads itself anew every two seconds."""
-    data = base64.b64encode(png).decode()
     return (
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="2">'
         "<title>Live view of a training</title>"
         '<body style="margin:8px;background:white;font:14px sans-serif">'
-        f'<img alt="The pictures of this training" src="data:image/png;base64,{data}"></body></html>'
+        f'<img alt="The pictures of this training" src="{_data_address(png, "png")}"></body></html>'
     )
 
 
-def _write_picture(path, data):
-    """Puts a picture, or a page with one, at a path; whoever reads it meanwhile gets the old one."""
+def _write_quietly(path, data):
+    """Puts a small file at a path; whoever reads it meanwhile gets the old one. Training goes on without it."""
     if path.exists() and not path.is_file():
         return  # a device, say, which is not to be replaced
     partial = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    with contextlib.suppress(OSError):  # a full disk costs a picture, never the training
+    with contextlib.suppress(OSError):  # a full disk, say, costs a picture, never the training
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
         partial.replace(path)
@@ -1250,10 +1226,12 @@ class _Recorder(keras.callbacks.Callback):
         return self._measured_of_models.setdefault(self.model, _Measured())
 
     def on_epoch_begin(self, epoch, logs=None):
-        # A training that begins anew, or further back, forgets what it is going to train again.
-        self._of_models[self.model] = {
-            past: kept for past, kept in self._records.items() if past < epoch
-        }
+        self._forget_from(epoch)
+
+    def _forget_from(self, epoch):
+        """A training that begins anew, or further back, forgets what it is going to train again."""
+        kept = {past: logs for past, logs in self._records.items() if past < epoch}
+        self._of_models[self.model] = kept
         self._measured.forget_from(epoch)
 
     def on_epoch_end(self, epoch, logs=None):
@@ -1292,12 +1270,7 @@ def occlusion_map(model, images, labels=None, size=None, stride=None):
         ValueError: images of another shape, labels out of range, or a square larger than the image.
     """
     images = np.asarray(images)
-    _expect(
-        images.ndim == 4 and len(images) > 0,
-        "images",
-        "shape (n, height, width, channels)",
-        images.shape,
-    )
+    _expect_images(images)
     probabilities = _probabilities(model, images)
     if labels is None:
         labels = probabilities.argmax(axis=1)
@@ -1318,12 +1291,8 @@ def _height_and_width(images):
 def _square(side, size):
     """The size of the grey square for images of this (shorter) side."""
     size = max(1, side // 4) if size is None else size
-    _expect(
-        isinstance(size, (int, np.integer)) and 0 < size <= side,
-        "size",
-        f"1 to {side} pixels",
-        size,
-    )
+    is_inside = isinstance(size, numbers.Integral) and 0 < size <= side
+    _expect(is_inside, "size", f"1 to {side} pixels", size)
     return size
 
 
@@ -1343,10 +1312,8 @@ def _falls(model, images, labels, size, stride):
     columns = math.ceil((width - size) / stride) + 1
     tops = _places(height, size, rows)
     lefts = _places(width, size, columns)
-    places = [
-        None,
-        *((top, left) for top in tops for left in lefts),
-    ]  # at first, nothing is covered
+    # At first, nothing is covered.
+    places = [None, *((top, left) for top in tops for left in lefts)]
     grey = images.mean()  # the middle of what these images hold
     scores = []
     for image in images:
@@ -1392,14 +1359,14 @@ def _unchanged(model):
     """Looking changes nothing: puts back what a prediction may change, such as states of recurrent layers."""
     variables = [variable for variable in model.variables if not variable.trainable]
     variables += _unlisted_variables(model)
-    before = [_value(variable) for variable in variables]
+    before = [keras.ops.convert_to_numpy(variable) for variable in variables]
     randomness = _random_state()  # on PyTorch, each prediction draws from the global one
     try:
         yield
     finally:
         _set_random_state(randomness)
         for variable, old in zip(variables, before):
-            if not np.array_equal(old, _value(variable)):
+            if not np.array_equal(old, keras.ops.convert_to_numpy(variable)):
                 variable.assign(old)
 
 
@@ -1439,7 +1406,7 @@ def _as_probabilities(model, scores):
 
 
 def _threshold(model, scores):
-    """Above which one output means the second class: 0 for logits, 0.5 for probabilities."""
+    """The value above which a single output means the second class: 0 for logits, 0.5 for probabilities."""
     for loss in keras.tree.flatten(model.loss):
         name = loss if isinstance(loss, str) else type(loss).__name__
         if getattr(loss, "from_logits", False) or "hinge" in name.lower():
@@ -1481,7 +1448,7 @@ def strongest_patches(model, layer, images, channels=8, count=8):
         ValueError: the model has no such layer or channel, or there are fewer images than `count`.
     """
     images = np.asarray(images)
-    _expect(images.ndim == 4, "images", "shape (n, height, width, channels)", images.shape)
+    _expect_images(images)
     part = _up_to(model, layer)
     channels = _channel_numbers(channels, _feature_maps(part, images[:1]).shape[-1])
     _expect(0 < count <= len(images), "count", f"1 to {len(images)}, the number of images", count)
@@ -1518,8 +1485,8 @@ def _up_to(model, layer):
     except Exception as error:
         names = [layer.name for layer in getattr(model, "layers", [])]
         raise ValueError(
-            f"layer: expected one of a Sequential or functional model's, {names}; not one inside another of its"
-            f" layers, nor a model that is used as a layer (look at that model itself): {error}"
+            f"layer: expected one of this model's own layers, {names}; for a layer of a model that is used inside this"
+            f" one, pass that inner model: {error}"
         ) from error
 
 
@@ -1619,13 +1586,16 @@ class _Plotter(_Recorder):
     """What the plotters share. `figure` is the Matplotlib Figure drawn last; its `savefig` writes it to a file."""
 
     KIND = ""  # the name under which its measurements are recorded
-    every = 1  # epochs from one drawing to the next
 
-    def __init__(self, path, save_graph):
+    def __init__(self, path, save_graph, every=1):
         super().__init__()
+        is_count = isinstance(every, numbers.Integral) and every > 0
+        _expect(is_count, "every", "a whole number of epochs, at least 1", every)
+        self.every = every  # epochs from one drawing to the next
         self.figure = None
         self.picture = None  # its pixels
         self.shown_in = None  # a _ShownIn
+        _expect(isinstance(path, (str, os.PathLike)), "path", "that of a file", path, TypeError)
         self._path = Path(path)
         self._save_graph = save_graph
         self._board = None
@@ -1642,8 +1612,12 @@ class _Plotter(_Recorder):
         self._show()
 
     def _is_due(self, epoch):
-        """Whether to measure and draw after this epoch: every so many, and after the last one."""
-        return (epoch + 1) % self.every == 0 or epoch + 1 == (self.params or {}).get("epochs")
+        """Whether to measure and draw after this epoch: every so many, and after the last one.
+
+        Which one is the last is known where a callback that stops the training stands before this one.
+        """
+        is_last = epoch + 1 == (self.params or {}).get("epochs") or self.model.stop_training
+        return (epoch + 1) % self.every == 0 or is_last
 
     def _last_kept(self, name):
         """The last epoch of which something was measured under this name; None where there is none."""
@@ -1663,7 +1637,7 @@ class _Plotter(_Recorder):
     def _keep_picture(self):
         self.picture = _pixels(self.figure)
         if self._save_graph or not _kernel_shell():
-            _write_picture(self._path, _png(self.picture))
+            _write_quietly(self._path, _png(self.picture))
 
     def _show(self, at_once=False):
         """Shows what was redrawn: with the pictures of the other plotters, once they are redrawn, too, or at once."""
@@ -1723,8 +1697,7 @@ class _Pace:
         self._validation_times = [time.monotonic()]
 
     def end_validation_batch(self):
-        if self._validation_times:
-            self._validation_times.append(time.monotonic())
+        self._validation_times.append(time.monotonic())
 
     def end_epoch(self):
         """All callbacks have ended the last epoch."""
@@ -1801,9 +1774,8 @@ class AccLossPlotter(_Plotter):
 
     KIND = "curves"
     SAMPLES = 20  # points of the curve inside of an epoch
-    SAMPLED_EPOCHS = (
-        15  # the first ones, whose points are kept; later, a curve is known by its epochs
-    )
+    # The first ones, whose points are kept; later, a curve is known by its epochs.
+    SAMPLED_EPOCHS = 15
     _watching = None  # a weak reference to the plotter that waits for its training to be stopped
 
     def __init__(
@@ -1821,10 +1793,9 @@ class AccLossPlotter(_Plotter):
         self.verbose = verbose
         self._graphs = list(graphs)
         self._not_drawn = set()  # names of metrics whose values cannot be drawn, once that was said
-        self._stop_watching = (
-            None  # takes back what is to be called when the cell ends; None: nothing is
-        )
-        self._pace = None  # until a training begins
+        # Takes back what is to be called when the cell ends; None: nothing is.
+        self._stop_watching = None
+        self._pace = _Pace()
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
@@ -1884,14 +1855,15 @@ class AccLossPlotter(_Plotter):
     def on_train_batch_end(self, batch, logs=None):
         self._pace.end_batch(batch)
         steps = (self.params or {}).get("steps")
-        if not steps:
-            return
-        done = (batch + 1) / steps
-        with self._never_ends_training():
-            self._take_sample(done, logs or {})
+        where = f"batch {batch + 1}"
+        if steps:  # of a generator, say, it is not known how many there are
+            done = (batch + 1) / steps
+            where = f"{done:.0%}"
+            with self._never_ends_training():
+                self._take_sample(done, logs or {})
         began = time.monotonic()
         if began - self._drawn_at >= self._pause:
-            self._redraw(f"{done:.0%} of epoch {self._position}{self._left()}")
+            self._redraw(f"{where} of epoch {self._position}{self._left()}")
             self._show(at_once=True)
             # Less than a hundredth of the time is spent on it.
             self._pause = max(2, 150 * (time.monotonic() - began))
@@ -1907,15 +1879,10 @@ class AccLossPlotter(_Plotter):
             self._samples[number - 1] = np.where(is_drawable, values, np.nan)
 
     def on_test_begin(self, logs=None):
-        if self._is_training():
-            self._pace.begin_validation()
+        self._pace.begin_validation()
 
     def on_test_batch_end(self, batch, logs=None):
-        if self._is_training():
-            self._pace.end_validation_batch()
-
-    def _is_training(self):
-        return self._pace is not None
+        self._pace.end_validation_batch()
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
@@ -1930,7 +1897,7 @@ class AccLossPlotter(_Plotter):
         self._redraw(f"epoch {self._position}{left}")
         self._show()
         with self._never_ends_training():
-            values = self._drawn_values(logs or {})
+            values = {name: logs[name] for name in _curves_of(self._graphs, logs or {})}
             self._say_what_is_not_drawn(values)
             if self.verbose:
                 listed = "  ".join(f"{name} {_number(value):.4f}" for name, value in values.items())
@@ -1956,15 +1923,6 @@ class AccLossPlotter(_Plotter):
     def _left(self, is_epoch_over=False):
         seconds = self._pace.left(is_epoch_over)
         return "" if seconds is None else f", {_duration(seconds)} left"
-
-    def _drawn_values(self, logs):
-        """What was logged of the metrics that have a panel, by name."""
-        values = {}
-        for metric in _metrics_of(self._graphs, logs):
-            for name in (metric, f"val_{metric}"):
-                if name in logs:
-                    values[name] = logs[name]
-        return values
 
     def _say_what_is_not_drawn(self, values):
         for name, value in values.items():
@@ -2062,24 +2020,21 @@ class ConfusionMatrixPlotter(_Plotter):
         save_graph=False,
         path="confusion_matrix.png",
     ):
-        super().__init__(path, save_graph)
-        # This checks the arguments.
+        super().__init__(path, save_graph, every)
+        _expect_names(classes)
+        # This checks the other arguments.
         plot_confusion_matrix(np.zeros((len(classes), len(classes))), classes, normalize, cmap)
         self._about = {
             "classes": [str(name) for name in classes],
             "normalize": bool(normalize),
             "cmap": getattr(cmap, "name", cmap),
         }
-        _check_every(every)
         self.X_val = X_val
         self.labels = _class_indices(Y_val, len(X_val), len(classes))
         self._about["data"] = _checksum_of([self.labels, X_val])
         self.title = title
-        self.every = every
         self._cmap = cmap
         self._class_sizes = np.bincount(self.labels, minlength=len(classes))
-        # Validation images that were compared with X_val and found to be the same.
-        self._same_images = None
         # That a compiled metric held at the end of the last validation pass.
         self._metric_matrix = None
         self._outputs = None  # of the model, as soon as it is built
@@ -2088,7 +2043,6 @@ class ConfusionMatrixPlotter(_Plotter):
         super().on_train_begin(logs)
         self._measured.describe(self._name, self._about, self.title)
         self._metric_matrix = None
-        self._same_images = None
         outputs = _output_count(self.model)
         if outputs is not None:
             self._check_outputs(outputs)
@@ -2165,7 +2119,7 @@ class ConfusionMatrixPlotter(_Plotter):
             # Another callback may have used it for something else since: then its result is not the logged one.
             if not math.isclose(metric.result(), logs[metric.name], rel_tol=1e-4):
                 continue
-            held = _value(metric.total_cm)
+            held = keras.ops.convert_to_numpy(metric.total_cm)
             if held.shape == (count, count) and (held.sum(axis=1) == self._class_sizes).all():
                 return held
         return None
@@ -2173,22 +2127,15 @@ class ConfusionMatrixPlotter(_Plotter):
     def _are_ours(self, images, labels):
         if images is None:
             return False
-        if images is not self.X_val and images is not self._same_images:
+        if images is not self.X_val:
             arrays = isinstance(images, np.ndarray) and isinstance(self.X_val, np.ndarray)
             if not arrays or not np.array_equal(images, self.X_val):
                 return False
-            self._same_images = images  # compared once per training, as that takes its time
         try:
-            return (
-                _class_indices(labels, len(images), len(self._class_sizes)) == self.labels
-            ).all()
+            passed = _class_indices(labels, len(images), len(self._class_sizes))
+            return (passed == self.labels).all()
         except ValueError:
             return False
-
-
-def _check_every(every):
-    is_count = type(every) is int and every > 0
-    _expect(is_count, "every", "a whole number of epochs, at least 1", every)
 
 
 def _check_outputs(outputs, count):
@@ -2245,19 +2192,12 @@ class PredictionPlotter(_Plotter):
         save_graph=False,
         path="predictions.png",
     ):
-        super().__init__(path, save_graph)
-        _check_every(every)
-        _expect(
-            not isinstance(classes, str) and len(classes) > 1,
-            "classes",
-            "at least two names",
-            classes,
-        )
+        super().__init__(path, save_graph, every)
+        _expect_names(classes)
         self._shown = np.round(255 * _images_to_show(images)).astype(np.uint8)
         self.images = np.asarray(images)
         self.labels = _class_indices(labels, len(self.images), len(classes), "labels")
         self.title = title
-        self.every = every
         self._about = {"classes": [str(name) for name in classes]}
 
     def on_train_begin(self, logs=None):
@@ -2311,11 +2251,20 @@ class PredictionPlotter(_Plotter):
         if not all(epoch in kept.get(name, {}) for name in names):
             probabilities = _probabilities(self.model, self.images)
             _check_outputs(probabilities.shape[1], len(self._about["classes"]))
-            as_bytes = np.round(255 * probabilities).astype(np.uint8)
-            self._measured.keep(names[0], epoch, as_bytes)
+            # In so many steps that the most probable class is the same as before.
+            self._measured.keep(names[0], epoch, _as_integers(probabilities, np.uint16))
             falls = _falls(self.model, self.images, probabilities.argmax(axis=1), None, None)
-            self._measured.keep(names[1], epoch, np.round(127 * falls).astype(np.int8))
+            self._measured.keep(names[1], epoch, _as_integers(falls, np.int8))
         return [kept[name][epoch] for name in names]
+
+
+def _as_integers(shares, kind):
+    """Numbers up to 1 as whole numbers of a type, the largest of which stands for 1. `_as_shares` takes them back."""
+    return np.round(shares * np.iinfo(kind).max).astype(kind)
+
+
+def _as_shares(integers):
+    return integers / np.iinfo(integers.dtype).max
 
 
 def _draw_kept_predictions(about, title, images, labels, probabilities, falls, epoch, first):
@@ -2324,8 +2273,8 @@ def _draw_kept_predictions(about, title, images, labels, probabilities, falls, e
     title = f"{title} · {when}"
     evidence = np.full(images.shape[:3], np.nan)
     if falls is not None:
-        evidence = _spread(falls / 127, images.shape[1:3])
-        probabilities = probabilities / 255
+        evidence = _spread(_as_shares(falls), images.shape[1:3])
+        probabilities = _as_shares(probabilities)
     thoughts = _checked_thoughts(images / 255, probabilities, about["classes"], labels, evidence)
     return _draw_thoughts(thoughts, about["classes"], title, size=1.13)
 
@@ -2883,7 +2832,7 @@ def _pair_variables(model, state, datasets, with_optimizer=True):
     return [(variable, datasets[name]) for variable, name in pairs]
 
 
-# In which of these a backend counts steps and keeps seeds, differs.
+# Backends count steps and keep seeds in different ones of these: they are taken for one.
 _INTEGERS = {"int32", "int64", "uint32"}
 
 
@@ -2903,16 +2852,21 @@ def _check_pair(variable, name, dataset):
 def _below(start, datasets):
     """The datasets whose names begin so, read, by the rest of their names."""
     return {
-        name.removeprefix(start): dataset[()]
+        name.removeprefix(start): _values(dataset)
         for name, dataset in datasets.items()
         if name.startswith(start)
     }
 
 
+def _values(dataset):
+    """A dataset, read. HDF5 knows no bfloat16, and gives its bytes."""
+    values = dataset[()]
+    return values.view("bfloat16") if values.dtype.kind == "V" else values
+
+
 def _assign_saved(pairs):
     for variable, dataset in pairs:
-        values = dataset[()]
-        variable.assign(values.view("bfloat16") if values.dtype.kind == "V" else values)
+        variable.assign(_values(dataset))
 
 
 def _callback_states(callbacks, say):
@@ -3118,7 +3072,9 @@ def _try_to_write(model, with_config):
 def _problem_of_loading(model, buffer):
     """What Keras raises when it loads a model from the bytes of an HDF5 file; None where it can."""
     kept = _random_state()
-    own = {type(layer).__name__: type(layer) for layer in _all_layers(model)}
+    layers = _all_layers(model)
+    layers += [layer.layer for layer in layers if isinstance(layer, keras.layers.Wrapper)]
+    own = {type(layer).__name__: type(layer) for layer in layers}
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.hdf5")
@@ -3137,15 +3093,11 @@ def _problem_of_loading(model, buffer):
 def _first_not_finite(model):
     """The path of a weight that is nan or infinite; None where none is."""
     for variable in model.weights:
-        values = _value(variable)
-        if values.dtype.kind == "V":  # bfloat16
-            values = values.astype("float32")
-        if values.dtype.kind != "f":
-            continue
-        if variable.trainable:
-            is_bad = ~np.isfinite(values)
-        else:  # it may be a mask, which may be infinite
-            is_bad = np.isnan(values)
+        values = keras.ops.convert_to_numpy(variable)
+        if values.dtype.kind == "V":
+            values = values.astype("float32")  # NumPy knows no isnan of bfloat16
+        # One that is not trained may be a mask, which may be infinite.
+        is_bad = ~np.isfinite(values) if variable.trainable else np.isnan(values)
         if is_bad.any():
             return variable.path
     return None
@@ -3175,10 +3127,8 @@ class _SelfCheck:
 
     def __init__(self, path):
         self._path = path
-        self.resumes = []
-        self._interrupted = None  # the epoch that was interrupted, as the file has it
         self._running = None  # the epoch that runs
-        self._awaits_verdict = False  # a resume does
+        self.forget()
 
     def resume(self, epoch, training, was_interrupted):
         """A training is continued with this epoch, from 0; `training` identifies it."""
@@ -3191,17 +3141,11 @@ class _SelfCheck:
     def forget(self):
         """A training begins, of which nothing was saved."""
         self.resumes = []
-        self._interrupted = None
-        self._awaits_verdict = False
+        self._interrupted = None  # the epoch that was interrupted, as the file has it
+        self._awaits_verdict = False  # a resume does
 
     def begin_epoch(self, epoch, training, checksums):
-        self._running = {
-            "epoch": epoch,
-            "training": training,
-            "before": checksums,
-            "batches": [],
-            "resumes": [],
-        }
+        self._running = {"epoch": epoch, "training": training, "before": checksums, "batches": []}
         if not self._awaits_verdict:
             self._write()
 
@@ -3276,10 +3220,8 @@ class _SelfCheck:
 
     def _write(self):
         self._running["resumes"] = self.resumes
-        partial = self._path.with_name(f"{self._path.stem}.tmp{self._path.suffix}")
-        with contextlib.suppress(OSError):  # a resume then has nothing to compare with, and says so
-            partial.write_text(json.dumps(self._running))
-            partial.replace(self._path)
+        # Should that fail, a resume has nothing to compare with, and says so.
+        _write_quietly(self._path, json.dumps(self._running).encode())
 
 
 def _logged_by(model, logs):
@@ -3646,6 +3588,9 @@ class ResumableCheckpoint(_Recorder):
         super().__init__()
         _expect(isinstance(monitor, str), "monitor", "the name of a logged value", monitor)
         _expect(mode in ("auto", "min", "max"), "mode", '"auto", "min" or "max"', mode)
+        is_path = isinstance(directory, (str, os.PathLike))
+        _expect(is_path, "directory", "the path of a directory", directory, TypeError)
+        _expect(verbose in (0, 1), "verbose", "0 or 1", verbose)
         several = isinstance(callbacks, (list, tuple))
         several = several and all(hasattr(callback, "on_epoch_end") for callback in callbacks)
         _expect(several, "callbacks", "a list of Keras callbacks", callbacks, TypeError)
@@ -3713,8 +3658,12 @@ class ResumableCheckpoint(_Recorder):
             OSError: the disk, or the Drive of `copy_to`, does not give a file, or does not take one.
         """
         is_ready = getattr(model, "compiled", False) and model.built
-        if not is_ready:
-            remedy = "compile it and build it (begin it with keras.Input(shape))"
+        # Keras calls some models built whose layers still wait for the first batch.
+        is_waiting = is_ready and not (model.weights or all(layer.built for layer in model.layers))
+        if not is_ready or is_waiting:
+            remedy = (
+                "compile it and build it (begin it with keras.Input(shape), or call it on a batch)"
+            )
             raise ValueError(f"model: {remedy} before restore(model)")
         self.set_model(model)
         if not model.optimizer.built and self._files.existing():
@@ -3849,11 +3798,7 @@ class ResumableCheckpoint(_Recorder):
 
     def _training(self):
         """Identifies this training in the file of the self-check."""
-        constant = {
-            name: value
-            for name, value in self._fingerprint.items()
-            if name != "compiled learning_rate"
-        }
+        constant = {**self._fingerprint, "compiled learning_rate": None}
         return hashlib.sha256(_json(constant).encode()).hexdigest()[:16]
 
     def _say_where_it_continues(self, chosen):
@@ -3914,8 +3859,9 @@ class ResumableCheckpoint(_Recorder):
         self._will_train = first_epoch < self._epochs
         self._failure = None
         self._best_unwritten = None
-        if self._will_train and not self.model.optimizer.built:
-            self.model.optimizer.build(self.model.trainable_variables)
+        variables = self.model.trainable_variables  # none where the first batch makes them
+        if self._will_train and variables and not self.model.optimizer.built:
+            self.model.optimizer.build(variables)
         if self._will_train or self._is_unfinished:
             self._with_config = _check_that_hdf5_can_hold(self.model)
         if self._will_train:
@@ -3945,10 +3891,7 @@ class ResumableCheckpoint(_Recorder):
 
     def _begin_anew(self, first_epoch):
         """Forgets what this model trained earlier, and saves what it begins with, so that one can go back to that."""
-        for past in list(self._records):
-            if past >= first_epoch:
-                del self._records[past]
-        self._measured.forget_from(first_epoch)
+        self._forget_from(first_epoch)
         self._save(first_epoch - 1, first_epoch)
 
     def _begin_fingerprint(self):
@@ -4005,6 +3948,7 @@ class ResumableCheckpoint(_Recorder):
 
     def _all_have_begun_epoch(self, epoch):
         self._is_training = True
+        self._last_batch = math.inf  # a loop of one's own may tell no batches
         self._stopped_after = None
         self._record_texts = {
             past: text for past, text in self._record_texts.items() if past < epoch
@@ -4014,6 +3958,7 @@ class ResumableCheckpoint(_Recorder):
     def on_train_batch_end(self, batch, logs=None):
         # Not in _AtTheEnd: as the checkpoint itself has this method, Keras calls it for one batch after the other, and
         # not in threads.
+        self._last_batch = batch
         if self._mode is None:
             self._ask_keras()
         if self._check.is_complete:
@@ -4051,6 +3996,12 @@ class ResumableCheckpoint(_Recorder):
             raise ValueError(f"monitor: {self.monitor!r} was not logged, only {', '.join(logs)}")
         is_stopped = self.model.stop_training and self._epochs < math.inf
         next_epoch = self._epochs if is_stopped else epoch + 1
+        steps = (self.params or {}).get("steps")
+        if is_stopped and steps and self._last_batch + 1 < steps:
+            warnings.warn(
+                f"A callback stopped epoch {epoch + 1} after batch {self._last_batch + 1} of {steps}. It counts as an"
+                " epoch: to train on begins with the next one, and is not what a training without this stop had been."
+            )
         self._save(epoch, next_epoch, value=_number(logs.get(self.monitor)))
 
     def _warn_of_changed_attributes(self):
@@ -4222,12 +4173,11 @@ def read_run(directory):
         directory: that of the ResumableCheckpoint, of a training that has ended or that is going on.
 
     Returns:
-        A dict of plain data: `"directory"`; `"settings"`; `"monitor"` and its `"mode"` ("min" or "max",
-        or, before the first batch, "not known yet"); `"best"` and
-        `"best_epoch"` (from 0; None where there is none); `"epochs"`, how many were trained; `"finished"`, whether
-        `fit` came to its end; `"history"`, lists of values by metric name, and `"epoch"`, the epochs (from 0) that they
-        belong to; `"resumes"`, as `ResumableCheckpoint.resumes` has them; `"measured"`: what the plotters have
-        measured, arrays by name and epoch (from 0).
+        A dict of plain data: `"directory"`; `"settings"`; `"monitor"` and its `"mode"` ("min" or "max", or, before the
+        first batch, "not known yet"); `"best"` and `"best_epoch"` (from 0; None where there is none); `"epochs"`, how
+        many were trained; `"finished"`, whether `fit` came to its end; `"history"`, lists of values by metric name,
+        and `"epoch"`, the epochs (from 0) that they belong to; `"resumes"`, as `ResumableCheckpoint.resumes` has them;
+        `"measured"`: what the plotters have measured, arrays by name and epoch (from 0).
 
     Raises:
         FileNotFoundError: nothing is saved there. ValueError: what is saved is damaged, or none of ours.
@@ -4346,8 +4296,9 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _DASHES = ("-", "--", ":", "-.")
 
 
-def _data_address(data, kind):
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def _run_name(run):
+    """The last part of its directory, also of one that is given as `.`, say."""
+    return os.path.basename(os.path.abspath(run["directory"]))
 
 
 class Comparison:
@@ -4360,8 +4311,8 @@ class Comparison:
 
     def _name(self, run):
         """The last part of the directory, or all of it where several have the same."""
-        names = [Path(other["directory"]).name for other in self.runs]
-        name = Path(run["directory"]).name
+        names = [_run_name(other) for other in self.runs]
+        name = _run_name(run)
         return name if names.count(name) == 1 else run["directory"]
 
     def _table(self):
@@ -4544,12 +4495,9 @@ class Replay:
     def _frames(self, most):
         """The epochs to show: all, or evenly chosen ones, the last one among them."""
         epochs = self._run["epoch"]
-        if len(epochs) <= most:
-            return epochs
-        if most == 1:
-            return epochs[-1:]
-        chosen = np.linspace(0, len(epochs) - 1, most).round().astype(int)
-        return [epochs[index] for index in chosen]
+        # From the last one back, so that one alone is the last.
+        chosen = np.linspace(len(epochs) - 1, 0, min(most, len(epochs))).round().astype(int)
+        return [epochs[index] for index in reversed(chosen)]
 
     def save(self, path, seconds=10, most_frames=36):
         """Writes an animated picture (GIF) of the training, so many seconds long."""
@@ -4589,7 +4537,7 @@ class Replay:
             "logged": [self._logged_text(epoch) for epoch in epochs],
             "others": list(others.values()),
         }
-        name = html.escape(Path(self._run["directory"]).name)
+        name = html.escape(_run_name(self._run))
         images = "".join(
             f'<img alt="{html.escape(kind)}" src="{frames[-1]}">' for kind, frames in others.items()
         )
@@ -4606,15 +4554,10 @@ class Replay:
         """What was logged in an epoch, as text."""
         index = self._run["epoch"].index(epoch)
         history = self._run["history"]
-        texts = []
-        for metric in _metrics_of(self._graphs, history):
-            for name in (metric, f"val_{metric}"):
-                if name not in history:
-                    continue
-                value = _number(history[name][index])
-                if math.isfinite(value):
-                    texts.append(f"{name} {value:.4f}")
-        return "  ".join(texts)
+        values = {name: _number(history[name][index]) for name in _curves_of(self._graphs, history)}
+        return "  ".join(
+            f"{name} {value:.4f}" for name, value in values.items() if math.isfinite(value)
+        )
 
     def __repr__(self):
         return f"Replay of {self._run['directory']}: {self.path}"

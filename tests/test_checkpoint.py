@@ -481,11 +481,13 @@ def test_saving_is_silent_and_leaves_the_live_model_alone(capfd, caplog):
         ({"settings": {"x": object()}}, "settings"),
         ({"settings": 3}, "settings"),
         ({"keep": 3}, "keep"),
+        ({"verbose": "no"}, "verbose"),
+        ({"directory": None}, "directory"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, name):
     with pytest.raises((TypeError, ValueError), match=name):
-        ResumableCheckpoint("run", **arguments)
+        ResumableCheckpoint(**{"directory": "run"} | arguments)
 
 
 def test_a_monitor_that_is_not_logged_is_an_error():
@@ -588,6 +590,51 @@ def test_own_registered_layers_and_metrics_are_no_obstacle():
         x, x[:, :3], verbose=0, initial_epoch=checkpoint.restore(model), callbacks=[checkpoint]
     )
     assert ResumableCheckpoint("run", monitor="loss").restore(model) == 1
+
+
+def test_an_own_layer_inside_of_another_is_no_obstacle():
+    class Mine(layers.Layer):
+        def call(self, inputs):
+            return inputs * 2
+
+        def compute_output_shape(self, shape):
+            return shape
+
+    stack = [layers.TimeDistributed(Mine()), layers.Dense(4)]
+    model = keras.Sequential([keras.Input((3, 4)), *stack])
+    model.compile("sgd", "mse", run_eagerly=True)
+    x = np.ones((8, 3, 4), "float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.fit(x, x, verbose=0, callbacks=[ResumableCheckpoint("run", monitor="loss")])
+    own = {"Mine": Mine}
+    loaded = keras.models.load_model(Path("run", SAVED), custom_objects=own, compile=False)
+    assert (loaded.predict(x, verbose=0) == model.predict(x, verbose=0)).all()
+
+
+def test_a_model_that_its_first_batch_builds_is_saved_and_continued_once_it_is_built():
+    class Mine(layers.Layer):  # of whose output's shape Keras knows nothing
+        def call(self, inputs):
+            return inputs * 2
+
+    x = np.ones((8, 3, 4), "float32")
+
+    def run(folder, epochs, is_called=True):
+        keras.utils.set_random_seed(1)
+        stack = [layers.TimeDistributed(Mine()), layers.Dense(4)]
+        model = keras.Sequential([keras.Input((3, 4)), *stack])
+        model.compile("adam", "mse", run_eagerly=True)
+        if is_called:
+            model(x)
+        checkpoint = ResumableCheckpoint(folder, monitor="loss")
+        first = checkpoint.restore(model) if is_called else 0
+        model.fit(x, x, epochs=epochs, initial_epoch=first, verbose=0, callbacks=[checkpoint])
+        return model
+
+    whole = run("whole", 2, is_called=False)
+    run("parts", 1)
+    resumed = run("parts", 2)
+    assert all((a == b).all() for a, b in zip(variables(whole), variables(resumed), strict=True))
 
 
 @pytest.mark.skipif(

@@ -425,6 +425,31 @@ def test_a_counter_that_is_no_plain_data_is_left_out_with_a_warning(how):
     assert state_of()["epoch"] == 3
 
 
+def test_best_weights_in_bfloat16_come_back():
+    def new():
+        keras.utils.set_random_seed(2)
+        return new_model(layers.Dense(4, dtype="bfloat16", name="half"))
+
+    def best():
+        return [keras.callbacks.EarlyStopping("loss", restore_best_weights=True)]
+
+    interrupt(new(), "stopped", callbacks=best())
+    model, undisturbed = new(), new()
+    fit(model, "stopped", callbacks=best())
+    fit(undisturbed, "undisturbed", callbacks=best())
+    assert equal(model, undisturbed)
+
+
+def test_an_epoch_that_a_callback_cuts_short_is_told():
+    def stop(batch, logs):
+        model.stop_training = batch == 2
+
+    model = new_model()
+    cut = keras.callbacks.LambdaCallback(on_train_batch_end=stop)
+    with pytest.warns(UserWarning, match="stopped epoch 1 after batch 3 of 8. It counts as an"):
+        fit(model, callbacks=[cut])
+
+
 # What must match ----
 
 

@@ -108,7 +108,8 @@ def test_all_kinds_of_outputs(outputs):
     plotter.on_epoch_begin(0)
     plotter.on_epoch_end(0, {})
     (said,) = plotter._measured.epochs["predictions probabilities"].values()
-    assert said.shape == (2, len(names)) and np.allclose(said.sum(axis=1), 255, atol=len(names))
+    assert said.shape == (2, len(names)) and said.dtype == np.uint16
+    assert np.allclose(said.sum(axis=1), 65535, atol=len(names))
 
 
 # Strongest patches ----
@@ -233,7 +234,7 @@ def test_a_place_that_is_known_is_found():
     ],
 )
 def test_wrong_arguments_are_named(call, name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"^{name}: "):
         call(branched(), images())
 
 
@@ -285,6 +286,17 @@ def test_it_shows_what_the_model_thinks(tmp_path):
             text.endswith("%") and abs(int(text[:-1]) - 100 * probabilities[best]) <= 1
             for text in texts
         )
+
+
+def test_of_two_classes_nearly_as_probable_the_right_one_is_marked_right(monkeypatch):
+    nearly = np.tile([0.4, 0.4001, 0.1999], (6, 1)).astype("float32")
+    monkeypatch.setattr(
+        "visual_callbacks._probabilities", lambda model, images: nearly[: len(images)]
+    )
+    plotter = PredictionPlotter(images(), [1] * 6, CLASSES)
+    train(compiled(), [plotter], epochs=1)
+    texts = [text.get_text() for text in plotter.figure.findobj() if hasattr(text, "get_text")]
+    assert texts.count(f"✓ {CLASSES[1]}") == 6
 
 
 @pytest.mark.parametrize("side", [(12, 16), (16, 12)])
@@ -418,6 +430,8 @@ def test_a_grid_of_maps_has_one_scale_if_limits_are_given():
     figure = plot_images(maps)
     assert len(figure.axes) == 2  # each map has its own scale, so none is shown
     assert figure.axes[1].images[0].get_clim() != (-2, 2)
+    figure = plot_images(maps, columns=np.int64(2), limits=np.array([-2, 2]))
+    assert figure.axes[1].images[0].get_clim() == (-2, 2)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ x, y = np.random.default_rng(0).normal(size=(30, 4)).astype("float32"), np.eye(3
 model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, activation="softmax")])
 model.compile("sgd", "categorical_crossentropy", metrics=["accuracy", keras.metrics.OneHotMeanIoU(3)])
 def fit(epochs, *callbacks):
+    if isinstance(callbacks[0], keras.callbacks.CallbackList):
+        (callbacks,) = callbacks
     model.fit(x, y, batch_size=30, epochs=epochs, verbose=0, validation_data=(x, y), callbacks=callbacks)
 def plotters(verbose=0):
     return AccLossPlotter(verbose=verbose), ConfusionMatrixPlotter(x, y, ["ant", "bee", "cow"])
@@ -59,6 +61,8 @@ def notebook():
         STOPPED,
         "print(stopped[0].figure.texts[0].get_text())",
         "fit(1, *stopped); print(stopped[0].figure.texts[0].get_text())",
+        "own = keras.callbacks.CallbackList(plotters(), model=model); fit(2, own)",
+        "fit(2, own)",
     )
 
 
@@ -98,6 +102,12 @@ def test_plotters_used_again_show_in_the_new_cell_and_leave_the_old_one_alone(no
     assert len(images(first)) == len(images(again)) == 1
     assert images(first)[0] != images(again)[0]
     assert len(images(notebook.cells[7])) == 1  # two trainings in one cell: still one picture
+
+
+def test_a_callback_list_used_again_shows_in_the_new_cell(notebook):
+    first, again = notebook.cells[12], notebook.cells[13]
+    assert len(images(first)) == len(images(again)) == 1
+    assert images(first)[0] != images(again)[0]
 
 
 def test_no_pyplot_figure_is_open(notebook):

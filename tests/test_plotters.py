@@ -486,6 +486,16 @@ def test_a_long_epoch_shows_its_running_values_and_the_time_left(data, build, mo
     assert titles[-1].startswith("10 epochs · ")  # how long the first five took is not known
 
 
+def test_a_long_epoch_of_unknown_length_shows_its_running_values(data, build, monkeypatch):
+    x, y = data[0], np.eye(3)[data[1]]
+    plotter, model = AccLossPlotter(verbose=0), build()
+    titles = Titles(plotter, monkeypatch)
+    batches = ((x[start : start + 10], y[start : start + 10]) for start in range(0, 90, 10))
+    model.fit(batches, verbose=0, callbacks=[titles.slow_batches(2.5), plotter])
+    shown = [title.split(" · ")[0] for title in titles]
+    assert shown[:3] == ["starting", "batch 1 of epoch 1/1", "batch 2 of epoch 1/1"]
+
+
 @pytest.mark.parametrize(
     "seconds",
     [
@@ -890,6 +900,18 @@ def test_every_n_epochs_and_the_last(data, build):
     ]
 
 
+def test_the_epoch_in_which_another_callback_stops_the_training_is_drawn(data, build):
+    x, y = data
+    plotter, model = ConfusionMatrixPlotter(x, y, CLASSES, every=3), build()
+
+    def stop(epoch, logs):
+        model.stop_training = epoch == 1
+
+    callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=stop), plotter]
+    fit(model, x, np.eye(3)[y], callbacks, epochs=9)
+    assert plotter.figure.axes[0].get_title().endswith("epoch 2")
+
+
 @pytest.mark.stack
 def test_a_resumed_training_begins_with_the_matrix_of_where_it_stands(data, build, tmp_path):
     x, y = data
@@ -946,6 +968,9 @@ def test_old_calls_of_keras_visuals_work_unchanged(data, build):
     [
         (lambda x, y: AccLossPlotter(graphs="loss"), "graphs"),
         (lambda x, y: AccLossPlotter(graphs=[]), "graphs"),
+        (lambda x, y: AccLossPlotter(graphs=None), "graphs"),
+        (lambda x, y: AccLossPlotter(graphs=["val_loss"]), "graphs"),
+        (lambda x, y: AccLossPlotter(path=None), "path"),
         (lambda x, y: AccLossPlotter(verbose=2), "verbose"),
         (lambda x, y: AccLossPlotter(colour="red"), "colour"),
         (lambda x, y: ConfusionMatrixPlotter(x, y[:5], CLASSES), "Y_val"),
@@ -954,6 +979,7 @@ def test_old_calls_of_keras_visuals_work_unchanged(data, build):
         (lambda x, y: ConfusionMatrixPlotter(x, y + 0.5, CLASSES), "Y_val"),
         (lambda x, y: ConfusionMatrixPlotter(x[:0], y[:0], CLASSES), "Y_val"),
         (lambda x, y: ConfusionMatrixPlotter(x, y, "abc"), "classes"),
+        (lambda x, y: ConfusionMatrixPlotter(x, y, 3), "classes"),
         (lambda x, y: ConfusionMatrixPlotter(x, y, CLASSES, cmap="no such map"), "cmap"),
         (lambda x, y: ConfusionMatrixPlotter(x, y, CLASSES, every=0), "every"),
         (lambda x, y: ConfusionMatrixPlotter(x, y, CLASSES, size=3), "size"),

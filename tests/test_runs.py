@@ -421,7 +421,7 @@ def test_a_replay_of_fifty_epochs_is_small():
     for epoch in range(50):
         measured.keep("confusion_matrix", epoch, rng.integers(0, 500, (10, 10)).astype(np.uint16))
         measured.keep(
-            "predictions probabilities", epoch, rng.integers(0, 255, (8, 10)).astype(np.uint8)
+            "predictions probabilities", epoch, rng.integers(0, 65535, (8, 10)).astype(np.uint16)
         )
         measured.keep("predictions falls", epoch, rng.integers(-20, 100, (8, 7, 7)).astype(np.int8))
     pages = visual_callbacks.Replay.__new__(visual_callbacks.Replay)
@@ -444,6 +444,13 @@ def test_a_replay_without_plotters_has_the_curves():
         replay("other")
     with pytest.raises(FileNotFoundError, match="nothing was saved there"):
         replay("nowhere")
+
+
+def test_a_run_in_the_working_directory_has_its_name(monkeypatch):
+    train("run", epochs=1, looking=False)
+    monkeypatch.chdir("run")
+    assert "  run  " in str(compare_runs(["."]))
+    assert "<title>Replay of run</title>" in replay(".").path.read_text()
 
 
 PROGRAM = """
