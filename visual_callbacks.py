@@ -35,6 +35,7 @@ keras-visuals. The idea of recording apart from drawing is livelossplot's, that 
 
 import atexit
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import errno
@@ -128,6 +129,15 @@ def _expect_names(classes):
 def _expect_images(images):
     is_right = images.ndim == 4 and images.size > 0
     _expect(is_right, "images", "an array of shape (n, height, width, channels)", images.shape)
+
+
+def _print(text):
+    """Prints a line. Where that fails (a full disk, a closed pipe, letters that a screen lacks), training goes on."""
+    with contextlib.suppress(OSError, ValueError):
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError:
+            print(ascii(text), flush=True)
 
 
 def _number(value):
@@ -231,6 +241,23 @@ def _state_variables(model):
     }
 
 
+def _insides(model):
+    """What a model, its layers, loss and optimizer hold, also in lists: triples of holder, attribute name, item."""
+    seen = set()
+    losses = keras.tree.flatten(getattr(model, "loss", None))
+    waiting = [*losses, *model.layers, model, getattr(model, "optimizer", None)]
+    while waiting:
+        part = waiting.pop(0)
+        if id(part) in seen or not hasattr(part, "__dict__"):
+            continue
+        seen.add(id(part))
+        for name, value in list(vars(part).items()):
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                yield part, name, item
+                if isinstance(item, (keras.layers.Layer, keras.losses.Loss)):
+                    waiting.append(item)
+
+
 def _unlisted_variables(model):
     """The variables of layers and losses that are not in `model.variables`, such as states of recurrent layers."""
     listed = {id(variable) for variable in [*model.variables, *model.metrics_variables]}
@@ -238,23 +265,33 @@ def _unlisted_variables(model):
     if optimizer is not None:
         listed |= {id(variable) for variable in optimizer.variables}
     found = []
-    seen = set()
-    waiting = [*keras.tree.flatten(getattr(model, "loss", None)), *model.layers]
-    while waiting:
-        part = waiting.pop(0)
-        if id(part) in seen or not hasattr(part, "__dict__"):
-            continue
-        seen.add(id(part))
-        for value in vars(part).values():
-            for item in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(item, keras.random.SeedGenerator):
-                    item = item.state
-                if isinstance(item, keras.Variable) and id(item) not in listed:
-                    listed.add(id(item))
-                    found.append(item)
-                if isinstance(item, (keras.layers.Layer, keras.losses.Loss)):
-                    waiting.append(item)
+    for _, _, item in _insides(model):
+        if isinstance(item, keras.random.SeedGenerator):
+            item = item.state
+        if isinstance(item, keras.Variable) and id(item) not in listed:
+            listed.add(id(item))
+            found.append(item)
     return found
+
+
+def _not_saved(model):
+    """What a checkpoint leaves out of what a training may depend on, by name."""
+    tensorflow = sys.modules.get("tensorflow")
+    found = []
+    for part, name, item in _insides(model):
+        is_foreign = tensorflow is not None and isinstance(item, tensorflow.Variable)
+        is_second = isinstance(item, keras.optimizers.Optimizer) and item is not model.optimizer
+        is_inner = part is model.optimizer  # that of a LossScaleOptimizer
+        if is_foreign or (is_second and not is_inner):
+            found.append(f"{type(part).__name__}.{name}")
+    if torch:
+        layers = [part for part in model.modules() if isinstance(part, keras.layers.Layer)]
+        found += [f"{type(part).__name__}.{name}" for part in layers for name in part._buffers]
+    return list(dict.fromkeys(found))
+
+
+def _checksum_of_weights(model):
+    return _checksum_of(keras.ops.convert_to_numpy(variable) for variable in model.weights)
 
 
 def _checksums(model):
@@ -267,11 +304,23 @@ def _checksums(model):
 
 
 def _random_state():
-    """The global random states of Python, NumPy and PyTorch as plain data."""
+    """The global random states of Python, NumPy, PyTorch and Keras as plain data."""
     states = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": []}
     if torch:
         states["torch"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    generator = _keras_generator()
+    if generator is not None:
+        states["keras"] = keras.ops.convert_to_numpy(generator.state)
     return _plain(states)
+
+
+def _keras_generator():
+    """Keras's SeedGenerator for all that draws without a seed; None if nothing has."""
+    # No public name leads to it.
+    with contextlib.suppress(ImportError, AttributeError):
+        from keras.src.backend.common import global_state
+
+        return global_state.get_global_attribute("global_seed_generator")
 
 
 def _check_random_state(states):
@@ -290,6 +339,32 @@ def _set_random_state(states):
         cpu, *devices = (torch.tensor(values, dtype=torch.uint8) for values in states["torch"])
         torch.set_rng_state(cpu)
         torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
+    if "keras" in states:
+        if _keras_generator() is None:
+            keras.random.uniform(())  # which makes it
+        generator = _keras_generator()
+        if generator is not None:
+            generator.state.assign(states["keras"])
+
+
+def _first_not_finite(model):
+    """The path of a weight that is nan or infinite; None where none is."""
+    for variable in model.weights:
+        values = keras.ops.convert_to_numpy(variable)
+        if values.dtype.kind == "V":
+            values = values.astype("float32")  # NumPy knows no isnan of bfloat16
+        # One that is not trained may be a mask, which may be infinite.
+        is_bad = ~np.isfinite(values) if variable.trainable else np.isnan(values)
+        if is_bad.any():
+            return variable.path
+    return None
+
+
+def _expect_finite(model):
+    """Raises ValueError where a model's answers would mean nothing."""
+    broken = _first_not_finite(model)
+    if broken is not None:
+        raise ValueError(f"{broken} is nan or infinite, and so is what the model answers")
 
 
 # Drawing --------------------------------------------------------------------------------------------------------------
@@ -412,7 +487,7 @@ def _draw_history(history, graphs, resumed_at, title, figure, facts, samples=Non
     """
     if figure is None:
         figure = _empty_panels(len(graphs))
-    figure.texts[0].set_text(title)
+    _set_figure_title(figure, title)
     for ax, graph in zip(figure.axes, graphs):
         _draw_panel(ax, graph, history, resumed_at, facts, samples or {})
     return figure
@@ -444,9 +519,12 @@ def _draw_panel(ax, graph, history, resumed_at, facts, samples):
         artists["seam"].set_label(f"resumed after epoch {resumed_at}")
 
     _mark_guessing(artists, known["guessing"])
-    ax.set_ylabel(name or graph, parse_math=False)
-    _set_limits(ax, name or graph, [*curves.values(), artists["inside"].get_data()])
+    drawn = [*curves.values(), artists["inside"].get_data()]
+    _set_limits(ax, name or graph, drawn)
+    _set_label(ax, name or graph)
     note = ""
+    if len(history.get(name, [])) and not any(len(x) for x, _ in drawn):
+        note = "no value is a finite number"
     if names and name is None:
         logged = ",\n".join(names[:8])
         note = f"no {graph!r} was logged, only\n{logged}"
@@ -455,6 +533,15 @@ def _draw_panel(ax, graph, history, resumed_at, facts, samples):
         is_drawn = len(artists[label].get_xdata()) > 0
         artists[f"sample of {label}"].set_visible(is_drawn)
         artists[f"name of {label}"].set_text(artists[label].get_label() if is_drawn else "")
+
+
+def _set_label(ax, name):
+    """The name of a metric beside its axis, with the factor of the numbers there, if there is one."""
+    formatter = ax.yaxis.get_major_formatter()
+    formatter.set_locs(ax.get_yticks())
+    factor = formatter.get_offset()
+    name = _shortened(name, 20 if factor else 26)
+    ax.set_ylabel(f"{name} ({factor})" if factor else name, parse_math=False)
 
 
 def _mark_guessing(artists, accuracy):
@@ -498,10 +585,17 @@ def _find_metric(graph, names):
         return graph
     # Keras 2 logged `acc`; Keras 3 logs `accuracy`, `binary_accuracy` and their kin.
     if graph in ("acc", "accuracy"):
-        for name in names:
-            if re.fullmatch("acc|(?!val_).*accuracy", str(name)):
-                return name
+        for pattern in ("acc|accuracy", "(?!val_).*accuracy"):
+            for name in names:
+                if re.fullmatch(pattern, str(name)):
+                    return name
     return None
+
+
+def _in_digits(value):
+    """A number with four digits behind the point or, where it is very small or large, with four digits in all."""
+    is_usual = value == 0 or 1e-3 <= abs(value) < 1e4
+    return f"{value:.4f}" if is_usual else f"{value:.4g}"
 
 
 def _metrics_of(graphs, names):
@@ -518,6 +612,11 @@ def _curves_of(graphs, names):
     """The names of the curves in the panels, training and validation, as far as they were logged."""
     curves = [curve for name in _metrics_of(graphs, names) for curve in (name, f"val_{name}")]
     return [curve for curve in curves if curve in names]
+
+
+def _listed(values):
+    """Logged values, by name, as one text."""
+    return "  ".join(f"{name} {_in_digits(_number(value))}" for name, value in values.items())
 
 
 def _is_accuracy(name):
@@ -570,9 +669,41 @@ def _best_point(curves, direction):
     return None
 
 
+def _shortened(text, most):
+    """A text of at most so many letters. What is left out is in its middle: the ends of names tell them apart."""
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - 1 - end]}…{text[-end:]}"
+
+
+class _Figure(Figure):
+    """A Figure that a notebook shows, also where pyplot is not used."""
+
+    def _repr_png_(self):
+        return _png(_pixels(self))
+
+
+def _new_figure(width, height, **options):
+    return FigureCanvasAgg(_Figure(figsize=(width, height), dpi=100, **options)).figure
+
+
+def _set_figure_title(figure, title, margin=0.06):
+    """Puts a title above all else, in a smaller font where it would be cut at the edges of the figure."""
+    if not figure.texts:
+        top = 1 - margin / figure.get_figheight()
+        figure.text(0.5, top, "", ha="center", va="top", parse_math=False)
+    font = matplotlib.rcParams["font.size"]
+    # A letter is about 0.6 times as wide as its font is high.
+    needed = max(1, len(title)) * 0.6 * font / 72
+    text = figure.texts[0]
+    text.set_text(title)
+    text.set_fontsize(font * min(1, figure.get_figwidth() / needed))
+
+
 def _empty_panels(count):
-    figure = FigureCanvasAgg(Figure(figsize=(4.4 * count, 2.3), dpi=100)).figure
-    figure.text(0.5, 0.98, "", ha="center", va="top", parse_math=False)
+    figure = _new_figure(4.4 * count, 2.3)
+    _set_figure_title(figure, "", margin=0.046)
     for index in range(count):
         place = ((index + 0.17) / count, 0.21, 0.8 / count, 0.52)
         _fill_panel(figure.add_axes(place, xlabel="epoch", ymargin=0.06))
@@ -586,13 +717,14 @@ def _fill_panel(ax):
     ax.spines[["top", "right"]].set_visible(False)
     ax.locator_params(nbins=5)
     ax.locator_params("x", integer=True)
-    # So that no number is as wide as to meet the label.
+    # So that no number is as wide as to meet the label, which takes the factor, too: see `_set_label`.
     ax.ticklabel_format(axis="y", scilimits=(-2, 4))
+    ax.yaxis.offsetText.set_visible(False)
     ax.yaxis.set_label_coords(-0.14, 0.5)
     curve = {"marker": "o", "ms": 0}
     ax.plot([], [], gid="training", label="training", color=TRAINING, **curve)
     ax.plot([], [], gid="validation", label="validation", color=VALIDATION, ls="--", **curve)
-    ring = {"color": "black", "ms": 8, "mfc": "none", "mew": 1.8}
+    ring = {"color": matplotlib.rcParams["text.color"], "ms": 8, "mfc": "none", "mew": 1.8}
     ax.plot([], [], "o", gid="best", zorder=3, clip_on=False, **ring)
     ax.axvline(0, gid="seam", color=MUTED, lw=1.2, ls=":")
     _add_key(ax)
@@ -676,19 +808,30 @@ def _draw_matrix(matrix, classes, normalize, cmap, title, ax, cell):
     shown = recalls if normalize else matrix
     image.set_data(shown)
     image.set_clim(0, 1 if normalize else max(matrix.max(), 1))
-    labels = [f"{name} {recall:4.0%}" for name, recall in zip(names, recalls.diagonal())]
+    labels = []
+    for name, recall, size in zip(names, recalls.diagonal(), matrix.sum(axis=1)):
+        labels.append(
+            f"{name} {recall:4.0%}" if size > 0 else f"{name}    –"
+        )  # – : it has no images
     ax.set_yticks(range(count), labels, fontsize=font, parse_math=False)
     colours = image.cmap(image.norm(shown)).reshape(-1, 4)[:, :3]
     brightness = colours @ (0.299, 0.587, 0.114)
-    for text, value, bright in zip(ax.texts, shown.flat, brightness):  # no texts in a large matrix
-        text.set_text(f"{value:.2f}" if normalize else f"{value:.0f}")
-        text.set_color("white" if bright < 0.5 else "black")
+    numbers_in_cells = [f"{value:.2f}" if normalize else f"{value:.0f}" for value in shown.flat]
+    # Four digits fit into a cell.
+    font = _font_in_cells(cell, count) * min(1, 4 / max(map(len, numbers_in_cells)))
+    # There are no texts in a large matrix.
+    for text, number, bright in zip(ax.texts, numbers_in_cells, brightness):
+        text.set(text=number, fontsize=font, color="white" if bright < 0.5 else "black")
     return ax.figure
+
+
+def _font_in_cells(cell, count):
+    return min(24 * cell, 10, 170 / count)
 
 
 def _widest(texts, font):
     """The width of the widest of some texts, in inches."""
-    figure = FigureCanvasAgg(Figure(dpi=100)).figure
+    figure = _new_figure(1, 1)
     drawn = [figure.text(0, 0, text, fontsize=font, parse_math=False) for text in texts]
     return max(text.get_window_extent().width for text in drawn) / figure.dpi
 
@@ -712,7 +855,7 @@ def _matrix_axes(names, font, cell, has_bar):
     below = _widest(names, font) + line + 0.25
     width = left + side + (0.9 if has_bar else 0.15)
     height = below + side + 0.35
-    figure = FigureCanvasAgg(Figure(figsize=(width, height), dpi=100)).figure
+    figure = _new_figure(width, height)
     ax = figure.add_axes((left / width, below / height, side / width, side / height))
     ax.title.set_x((width / 2 - left) / side)  # in the middle of the figure
     return ax
@@ -731,7 +874,7 @@ def _fill_matrix(ax, names, font, cell, cmap, has_bar):
     if count > 20:  # four digits do not fit into a cell any more
         return
     for row, column in np.ndindex(count, count):
-        ax.text(column, row, "", ha="center", va="center", fontsize=min(24 * cell, 10, 170 / count))
+        ax.text(column, row, "", ha="center", va="center", fontsize=_font_in_cells(cell, count))
 
 
 MOST_IMAGES = 12  # in a picture of predictions
@@ -747,7 +890,7 @@ def plot_images(
 
     Args:
         images: an array or a list of arrays, each of shape (height, width) or (height, width, channels); with three or
-            four channels they are colours, as numbers from 0 to 1 or whole numbers from 0 to 255.
+            four channels they are colours, whose values are scaled if they are neither 0 to 1 nor 0 to 255.
         titles: a text above each image.
         rows: a text beside each row.
         columns: how many stand in a row.
@@ -768,6 +911,14 @@ def plot_images(
     for shape in (image.shape for image in images):
         is_shown = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
         _expect(is_shown, "images", "shapes (height, width) or (height, width, 1, 3 or 4)", shape)
+    colours = [image for image in images if image.ndim == 3 and image.shape[2] > 1 and image.size]
+    if colours:
+        low = min(image.min() for image in colours)
+        high = max(image.max() for image in colours)
+        images = [
+            _as_brightness(image, low, high) if image.ndim == 3 and image.shape[2] > 1 else image
+            for image in images
+        ]
     is_count = isinstance(columns, numbers.Integral) and columns > 0
     _expect(is_count, "columns", "a whole number from 1 on", columns)
     columns = min(columns, len(images))
@@ -785,8 +936,8 @@ def _draw_grid(images, titles, rows, shape, title, size, cmap, limits):
     tile = size + (0.22 if titles else 0.06)
     scale = 0 if limits is None else 0.8
     width, height = beside + shape[1] * (size + 0.06) + scale, above + shape[0] * tile + 0.05
-    figure = FigureCanvasAgg(Figure(figsize=(width, height), dpi=100)).figure
-    figure.text(0.5, 1 - 0.08 / height, title, ha="center", va="top", parse_math=False)
+    figure = _new_figure(width, height)
+    _set_figure_title(figure, title, margin=0.08)
     low, high = (None, None) if limits is None else limits
     for index, image in enumerate(images):
         row, column = divmod(index, shape[1])
@@ -842,11 +993,11 @@ def _draw_thoughts(thoughts, classes, title, size):
     above = 0.32 if title else 0.05
     tile = size * (0.82 if has_evidence else 1.02) + 0.32
     width, height = columns * size * 1.08, rows * tile + above
-    figure = FigureCanvasAgg(Figure(figsize=(width, height), dpi=100)).figure
+    figure = _new_figure(width, height)
     # One pair of axes for all, in inches from the top left corner: twenty pairs would take long to draw.
     ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
     ax.set_axis_off()
-    figure.text(0.5, 1 - 0.06 / height, title, ha="center", va="top", parse_math=False)
+    _set_figure_title(figure, title)
     for index, thought in enumerate(thoughts):
         row, column = divmod(index, columns)
         left, top = (column + 0.04) * size * 1.08, above + row * tile
@@ -892,7 +1043,7 @@ def _draw_tile(ax, left, top, size, thought, classes):
         mark, colour = "", "black"
         if len(order):
             mark, colour = ("✓ ", _RIGHT) if order[0] == label else ("✗ ", _WRONG)
-        right_class = f"{mark}{classes[label]}"
+        right_class = f"{mark}{_shortened(classes[label], 20)}"
         ax.text(left + size / 2, top + 0.06 * size, right_class, ha="center", color=colour, **words)
     top += 0.14 * size
     pictures = [image] if evidence is None else [image, _with_evidence(image, evidence)]
@@ -928,8 +1079,13 @@ def _place_image(ax, image, left, top, side):
     ax.set(xlim=(0, ax.figure.get_figwidth()), ylim=(ax.figure.get_figheight(), 0), aspect="auto")
 
 
-def _shortened(text, most):
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def _as_brightness(images, low, high):
+    """Images whose values go from `low` to `high` as what can be shown, from 0 to 1."""
+    if low >= 0 and 16 < high <= 255:
+        return images / 255
+    if low < 0 or high > 1:
+        return (images - low) / max(high - low, 1e-12)
+    return images
 
 
 def _images_to_show(images):
@@ -939,11 +1095,7 @@ def _images_to_show(images):
     _expect(len(images) <= MOST_IMAGES, "images", f"at most {MOST_IMAGES}", len(images))
     if _is_channels_first():
         images = np.moveaxis(images, 1, -1)
-    low, high = images.min(), images.max()
-    if low >= 0 and 16 < high <= 255:
-        images = images / 255
-    elif low < 0 or high > 1:
-        images = (images - low) / max(high - low, 1e-12)
+    images = _as_brightness(images, images.min(), images.max())
     if images.shape[-1] not in (3, 4):  # not colours, but anything else
         images = images.mean(axis=-1, keepdims=True)
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images[..., :3]
@@ -1073,9 +1225,14 @@ def _pixels(figure):
 
 
 def _png(pixels):
+    return _encoded(pixels, "PNG")
+
+
+def _encoded(pixels, kind):
+    """The bytes of a picture in a format that Pillow knows."""
     buffer = io.BytesIO()
-    # Light compression, as more takes longest.
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    # Light compression (of PNG), as more takes longest.
+    Image.fromarray(pixels).save(buffer, kind, compress_level=1)
     return buffer.getvalue()
 
 
@@ -1145,6 +1302,24 @@ class _Measured:
 
     def __init__(self):
         self.about, self.constants, self.epochs = {}, {}, {}
+        self._training = None  # a weak reference to the list of callbacks of the training that runs
+        self._names = {}  # those of its plotters: the id of each, by name
+
+    def name_for(self, plotter):
+        """The name for what a plotter measures: its kind; of the second one of a kind in this training, KIND_2.
+
+        They take their names in the order in which they begin, also inside of other callbacks.
+        """
+        training = _callback_list()
+        if self._training is None or training is None or self._training() is not training:
+            self._names = {}
+        self._training = None if training is None else weakref.ref(training)
+        number = 1
+        name = plotter.KIND
+        while self._names.setdefault(name, id(plotter)) != id(plotter):
+            number += 1
+            name = f"{plotter.KIND}_{number}"
+        return name
 
     def describe(self, name, about, notes, **constants):
         """Something is going to be measured under this name. What was measured of something else is forgotten.
@@ -1597,6 +1772,9 @@ class _Plotter(_Recorder):
         self.shown_in = None  # a _ShownIn
         _expect(isinstance(path, (str, os.PathLike)), "path", "that of a file", path, TypeError)
         self._path = Path(path)
+        self._format = Image.registered_extensions().get(self._path.suffix.lower())
+        wanted = "a picture file such as .png, .jpg or .pdf"
+        _expect(self._format in Image.SAVE, "path", wanted, str(path))
         self._save_graph = save_graph
         self._board = None
         self._name = self.KIND
@@ -1604,9 +1782,7 @@ class _Plotter(_Recorder):
 
     def on_train_begin(self, logs=None):
         self._board = _Board.of_this_training(self)
-        of_this_kind = [plotter for plotter in self._board.plotters if type(plotter) is type(self)]
-        number = of_this_kind.index(self) + 1
-        self._name = self.KIND if number == 1 else f"{self.KIND}_{number}"
+        self._name = self._measured.name_for(self)
 
     def on_train_end(self, logs=None):
         self._show()
@@ -1637,7 +1813,7 @@ class _Plotter(_Recorder):
     def _keep_picture(self):
         self.picture = _pixels(self.figure)
         if self._save_graph or not _kernel_shell():
-            _write_quietly(self._path, _png(self.picture))
+            _write_quietly(self._path, _encoded(self.picture, self._format))
 
     def _show(self, at_once=False):
         """Shows what was redrawn: with the pictures of the other plotters, once they are redrawn, too, or at once."""
@@ -1766,7 +1942,7 @@ class AccLossPlotter(_Plotter):
         graphs: the panels, by metric name; `"acc"` stands for whatever accuracy is logged.
         save_graph: also keep the picture current in the file `path`. Without a kernel (a plain script) it always is.
         title: text above the panels, before the progress.
-        verbose: 1 prints one line per epoch, with the values drawn, 0 nothing.
+        verbose: 1 prints one line per epoch, with the values drawn, unless `fit` prints its own; 0 nothing.
 
     Raises:
         ValueError: `graphs` is no list of names, or `verbose` neither 0 nor 1.
@@ -1899,10 +2075,11 @@ class AccLossPlotter(_Plotter):
         with self._never_ends_training():
             values = {name: logs[name] for name in _curves_of(self._graphs, logs or {})}
             self._say_what_is_not_drawn(values)
-            if self.verbose:
-                listed = "  ".join(f"{name} {_number(value):.4f}" for name, value in values.items())
+            keras_prints = (self.params or {}).get("verbose")
+            if self.verbose and not keras_prints:
+                listed = _listed(values)
                 took = _duration(time.monotonic() - self._epoch_began)
-                print(f"epoch {self._position}  {listed}  {took}{left}", flush=True)
+                _print(f"epoch {self._position}  {listed}  {took}{left}")
 
     def on_train_end(self, logs=None):
         if self._stop_watching is not None:
@@ -1914,7 +2091,8 @@ class AccLossPlotter(_Plotter):
     def _what_was_trained(self):
         if not self._records:
             return "nothing was trained"
-        said = f"{max(self._records) + 1} epochs"
+        count = max(self._records) + 1
+        said = "1 epoch" if count == 1 else f"{count} epochs"
         # How long the epochs before a restart took is not known.
         if not self._is_first_epoch and not self._resumed_at:
             said += f" in {_duration(time.monotonic() - self._began)}"
@@ -1922,7 +2100,8 @@ class AccLossPlotter(_Plotter):
 
     def _left(self, is_epoch_over=False):
         seconds = self._pace.left(is_epoch_over)
-        return "" if seconds is None else f", {_duration(seconds)} left"
+        is_over = is_epoch_over and seconds == 0
+        return "" if seconds is None or is_over else f", {_duration(seconds)} left"
 
     def _say_what_is_not_drawn(self, values):
         for name, value in values.items():
@@ -2029,6 +2208,8 @@ class ConfusionMatrixPlotter(_Plotter):
             "normalize": bool(normalize),
             "cmap": getattr(cmap, "name", cmap),
         }
+        is_array = hasattr(X_val, "shape")
+        _expect(is_array, "X_val", "an array of images", type(X_val).__name__, TypeError)
         self.X_val = X_val
         self.labels = _class_indices(Y_val, len(X_val), len(classes))
         self._about["data"] = _checksum_of([self.labels, X_val])
@@ -2076,6 +2257,7 @@ class ConfusionMatrixPlotter(_Plotter):
     def _matrix_of(self, epoch):
         kept = self._measured.epochs.get(self._name, {})
         if epoch not in kept:
+            _expect_finite(self.model)
             dtype = np.min_scalar_type(len(self.labels))  # the smallest that can count all images
             self._measured.keep(self._name, epoch, self.confusion_matrix().astype(dtype))
         return self._measured.epochs[self._name][epoch]
@@ -2249,6 +2431,7 @@ class PredictionPlotter(_Plotter):
         names = [f"{self._name} probabilities", f"{self._name} falls"]
         kept = self._measured.epochs
         if not all(epoch in kept.get(name, {}) for name in names):
+            _expect_finite(self.model)
             probabilities = _probabilities(self.model, self.images)
             _check_outputs(probabilities.shape[1], len(self._about["classes"]))
             # In so many steps that the most probable class is the same as before.
@@ -2299,6 +2482,19 @@ FORMAT = 2  # of our group; files of format 1 are read, too
 _GROUP = "resumable_checkpoint"
 _MARK = b"SHA-256 of this file, with zeros for the 64 digits that follow: "
 _MOST_LINKS, _MOST_LEVELS = 100_000, 50  # in a file that is read
+
+
+def _scope_of(model):
+    """Where variables of this model may be made: within its tf.distribute strategy, if it has one."""
+    strategy = getattr(model, "distribute_strategy", None)
+    if strategy is None or strategy is sys.modules["tensorflow"].distribute.get_strategy():
+        return contextlib.nullcontext()
+    return strategy.scope()
+
+
+def _build_optimizer(model):
+    with _scope_of(model):
+        model.optimizer.build(model.trainable_variables)
 
 
 def _all_layers(model):
@@ -2864,9 +3060,12 @@ def _values(dataset):
     return values.view("bfloat16") if values.dtype.kind == "V" else values
 
 
-def _assign_saved(pairs):
+def _assign_saved(model, pairs):
     for variable, dataset in pairs:
         variable.assign(_values(dataset))
+    for layer in _all_layers(model):
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # it computes with what follows from its variables
 
 
 def _callback_states(callbacks, say):
@@ -2896,13 +3095,17 @@ def _callback_state(callback, say):
             if hasattr(callback, argument):
                 arguments[argument] = getattr(callback, argument)
     state = {"class": name, "arguments": _plain(arguments), "counters": {}}
-    if hasattr(callback, "get_state"):
-        state["own"] = _plain_or_none(callback.get_state(), f"{name}.get_state()", say)
+    if hasattr(callback, "get_state") and hasattr(callback, "set_state"):
+        try:
+            state["own"] = _plain_or_none(callback.get_state(), f"{name}.get_state()", say)
+        except Exception as error:  # it may be something else of that name
+            say(f"{name} is not kept for a resume, as its get_state() fails: {error!r}")
     weights = []
     for counter in _COUNTERS:
-        if not hasattr(callback, counter):
+        try:
+            value = getattr(callback, counter)
+        except Exception:  # it has none, or a property that has no value yet
             continue
-        value = getattr(callback, counter)
         if counter == "best_weights" and isinstance(value, (list, tuple)):
             weights = value
             value = len(weights)
@@ -2913,7 +3116,16 @@ def _callback_state(callback, say):
     return None, []
 
 
+def _has_other_keys(value):
+    """Whether there is a dict in plain data whose keys are no texts: JSON makes texts of them."""
+    if isinstance(value, dict):
+        return any(not isinstance(key, str) or _has_other_keys(value[key]) for key in value)
+    return isinstance(value, (list, tuple)) and any(map(_has_other_keys, value))
+
+
 def _plain_or_none(value, name, say):
+    if _has_other_keys(value):
+        say(f"{name} has a dict with keys that are no texts: after a resume they are. Use texts.")
     try:
         return _plain(value)
     except (TypeError, ValueError):
@@ -2986,22 +3198,44 @@ def _counterpart(saved, counting):
     return of_its_class[0] if of_its_class else None
 
 
-def _plain_attributes(callbacks):
-    """The plain attributes of callbacks that do not tell their state, as checksums by class and name."""
+# What is compared of the attributes of other callbacks. (Figures, files and the like change, too, and mean nothing.)
+_PLAIN = (type(None), bool, int, float, str, np.generic, list, tuple, set, dict, np.ndarray)
+_PLAIN += (collections.deque, random.Random, np.random.Generator, np.random.RandomState)
+_WITH_VARIABLES = (keras.layers.Layer, keras.optimizers.Optimizer, keras.metrics.Metric)
+
+
+def _attributes_that_count(callbacks, model):
+    """The attributes of callbacks that do not tell their state, as checksums by the callback's number and their name.
+
+    Of models, layers and the like, the variables that are not those of `model`.
+    """
     found = {}
-    plain = (type(None), bool, int, float, str, np.generic, list, tuple, set, dict, np.ndarray)
+    others = [*model.variables, *model.metrics_variables, *model.optimizer.variables]
+    is_of_model = {id(variable) for variable in others}
     for index, callback in enumerate(callbacks):
         is_known = type(callback).__module__.startswith("keras.") or isinstance(callback, _Recorder)
-        if is_known or hasattr(callback, "get_state"):
+        if is_known or (hasattr(callback, "get_state") and hasattr(callback, "set_state")):
             continue
         for name, value in vars(callback).items():
-            if not isinstance(value, plain) or name in ("params", "min_delta", *_COUNTERS):
-                continue  # Keras changes the sign of min_delta
-            with contextlib.suppress(Exception):  # what cannot be pickled is no plain data
-                is_large = getattr(value, "nbytes", 0) > 10**6 or sys.getsizeof(value) > 10**6
-                text = f"{len(value)}".encode() if is_large else pickle.dumps(value)
-                found[index, f"{type(callback).__name__}.{name}"] = zlib.crc32(text)
+            if name in ("params", "min_delta", *_COUNTERS):  # Keras changes the sign of min_delta
+                continue
+            if isinstance(value, (keras.Variable, *_WITH_VARIABLES)):
+                variables = [value] if isinstance(value, keras.Variable) else value.variables
+                own = [variable for variable in variables if id(variable) not in is_of_model]
+                value = [keras.ops.convert_to_numpy(variable) for variable in own]
+            if isinstance(value, _PLAIN):
+                with contextlib.suppress(Exception):  # what cannot be pickled is no plain data
+                    found[index, f"{type(callback).__name__}.{name}"] = _digest(value)
     return found
+
+
+def _digest(value):
+    """A checksum of plain data, without a copy of the arrays in it."""
+    arrays = []
+    checksum = zlib.crc32(pickle.dumps(value, protocol=5, buffer_callback=arrays.append))
+    for array in arrays:
+        checksum = zlib.crc32(array.raw(), checksum)
+    return checksum
 
 
 # Whether it can be exact ----------------------------------------------------------------------------------------------
@@ -3025,7 +3259,9 @@ def _check_data(model):
             f"steps_per_epoch: {steps} of {batches} batches. Keras goes on with the next batch in the next epoch, but a"
             " resumed training would begin with the first. Leave steps_per_epoch out, or split the data yourself."
         )
-    if hasattr(data, "__next__") or (steps and not batches):
+    is_endless = steps and not batches
+    is_generator = any(hasattr(passed.get(name), "__next__") for name in ("x", "validation_data"))
+    if is_generator or is_endless:
         warnings.warn(
             "Where a generator or an endless data set stands is not saved. A resume is exact only if the data's order"
             " follows from the epoch; whether it is, will be checked. A keras.utils.PyDataset can do that."
@@ -3090,19 +3326,6 @@ def _problem_of_loading(model, buffer):
         _set_random_state(kept)  # loading made a model, whose weights were drawn at random
 
 
-def _first_not_finite(model):
-    """The path of a weight that is nan or infinite; None where none is."""
-    for variable in model.weights:
-        values = keras.ops.convert_to_numpy(variable)
-        if values.dtype.kind == "V":
-            values = values.astype("float32")  # NumPy knows no isnan of bfloat16
-        # One that is not trained may be a mask, which may be infinite.
-        is_bad = ~np.isfinite(values) if variable.trainable else np.isnan(values)
-        if is_bad.any():
-            return variable.path
-    return None
-
-
 CHECK = "resume_check.json"
 CHECKED_BATCHES = 5
 
@@ -3130,13 +3353,13 @@ class _SelfCheck:
         self._running = None  # the epoch that runs
         self.forget()
 
-    def resume(self, epoch, training, was_interrupted):
+    def resume(self, epoch, training, awaits_verdict):
         """A training is continued with this epoch, from 0; `training` identifies it."""
         content = self._read()
         self.resumes = content.get("resumes", [])
         is_this = (content.get("epoch"), content.get("training")) == (epoch, training)
         self._interrupted = content if is_this else None
-        self._awaits_verdict = was_interrupted
+        self._awaits_verdict = awaits_verdict
 
     def forget(self):
         """A training begins, of which nothing was saved."""
@@ -3180,7 +3403,7 @@ class _SelfCheck:
             verdict["batches"] = len(self._interrupted["batches"])
             if difference:
                 verdict |= {"verdict": "different", "difference": difference, "likely": likely}
-            elif verdict["batches"]:
+            elif any(self._interrupted["batches"]):
                 verdict["verdict"] = "equal"
         self._interrupted = None
         self.resumes.append(verdict)
@@ -3233,7 +3456,8 @@ def _logged_by(model, logs):
     for key, value in logs.items():  # with several outputs, their names come first
         if any(key == name or key.endswith(f"_{name}") for name in names):
             own[key] = _number(value)
-    return own
+    # A train_step of one's own may return values under any names.
+    return own or {key: _number(value) for key, value in logs.items()}
 
 
 def _in_words(verdict):
@@ -3245,7 +3469,7 @@ def _in_words(verdict):
         return (
             f"Epoch {epoch} does not continue exactly as before: {verdict['difference']}. {likely}"
         )
-    why = f"it was interrupted before its first batch, or its {CHECK} is not there"
+    why = f"none of its batches was trained before, or logged anything, or {CHECK} is not there"
     return f"Continuing with epoch {epoch}, with nothing to compare: {why}."
 
 
@@ -3630,6 +3854,7 @@ class ResumableCheckpoint(_Recorder):
         self._is_passed = False  # this phase is complete, and a later one has begun
         self._is_unfinished = False  # what was restored lacks what callbacks do in on_train_end
         self._is_training = False
+        self._weights_at_the_last_epoch = None
         self._ended = None  # the fingerprint and the end of the last training of this callback
         self._record_texts = {}  # the epochs of the record as JSON, as making it takes its time
 
@@ -3667,7 +3892,7 @@ class ResumableCheckpoint(_Recorder):
             raise ValueError(f"model: {remedy} before restore(model)")
         self.set_model(model)
         if not model.optimizer.built and self._files.existing():
-            model.optimizer.build(model.trainable_variables)
+            _build_optimizer(model)
         self._fingerprint = _fingerprint(model, self.settings, self._compiled_rate, self._say_once)
         # The fingerprints of phases that are complete: `_match` adds to them, file by file, and goes by them.
         self._earlier_phases = []
@@ -3689,7 +3914,9 @@ class ResumableCheckpoint(_Recorder):
         said = self._files.mend(chosen, usable, problems)
         if said:
             warnings.warn(said, stacklevel=2)
-        self._check.resume(self._next_epoch, self._training(), self._is_unfinished)
+        # Also of a training that had ended: it may be extended.
+        awaits_verdict = chosen.match.relation == _ITS_OWN
+        self._check.resume(self._next_epoch, self._training(), awaits_verdict)
         if self.verbose:
             self._say_where_it_continues(chosen)
         return self._next_epoch
@@ -3718,8 +3945,8 @@ class ResumableCheckpoint(_Recorder):
         self._earlier_phases += [phase["fingerprint"] for phase in state["phases"]]
         if match.relation == _PHASE_BEFORE:
             self._earlier_phases.append(state["fingerprint"])
-        else:
-            _pair_variables(self.model, state, datasets, with_optimizer=match.relation == _ITS_OWN)
+        if match.relation == _ITS_OWN:
+            _pair_variables(self.model, state, datasets)
         return match
 
     def _match_of_another_phase(self, state, now):
@@ -3747,8 +3974,12 @@ class ResumableCheckpoint(_Recorder):
             if relation == _PHASE_BEFORE:
                 self._begin_phase(state)
                 return
-            is_its_own = relation == _ITS_OWN
-            _assign_saved(_pair_variables(self.model, state, datasets, with_optimizer=is_its_own))
+            if relation == _ITS_OWN:
+                _assign_saved(self.model, _pair_variables(self.model, state, datasets))
+            else:  # the later phase may have other variables; it loads them itself
+                with contextlib.suppress(ValueError):
+                    pairs = _pair_variables(self.model, state, datasets, with_optimizer=False)
+                    _assign_saved(self.model, pairs)
             kept_by_callbacks = _below(f"{_GROUP}/arrays/callbacks/", datasets)
         records = {record["epoch"]: record["logs"] for record in state["records"]}
         if relation == _LATER_PHASE:
@@ -3815,8 +4046,8 @@ class ResumableCheckpoint(_Recorder):
         if self._stopped_after is not None:
             said += f" (it was stopped early; to train on, pass initial_epoch={state['epoch'] + 1})"
         if self.best is not None:
-            said += f", best {self.monitor} {self.best:.4f} in epoch {self.best_epoch + 1}"
-        print(f"{said} [{self.directory}]", flush=True)
+            said += f", best {self.monitor} {_in_digits(self.best)} in epoch {self.best_epoch + 1}"
+        _print(f"{said} [{self.directory}]")
 
     def _say_once(self, text):
         if text not in self._said:
@@ -3859,26 +4090,37 @@ class ResumableCheckpoint(_Recorder):
         self._will_train = first_epoch < self._epochs
         self._failure = None
         self._best_unwritten = None
-        variables = self.model.trainable_variables  # none where the first batch makes them
-        if self._will_train and variables and not self.model.optimizer.built:
-            self.model.optimizer.build(variables)
+        has_variables = bool(self.model.trainable_variables)  # else the first batch makes them
+        if self._will_train and has_variables and not self.model.optimizer.built:
+            _build_optimizer(self.model)
         if self._will_train or self._is_unfinished:
             self._with_config = _check_that_hdf5_can_hold(self.model)
         if self._will_train:
             self._check_first_epoch(first_epoch)
+            self._check_directories()
             _check_data(self.model)
+            missing = _not_saved(self.model)
+            if missing:
+                self._say_once(
+                    f"Not saved, so that a resume is not exact: {', '.join(missing)}. Only model.optimizer and Keras's"
+                    " own variables are (keras.Variable, add_weight)."
+                )
             self._begin_fingerprint()
             _InterruptHandler.install(self)
             # Keras tells no callback of a training that fails; the handler must not outlive it.
             _call_when_the_cell_ends(_InterruptHandler.remove)
         is_restored = self._pending is not None
+        if self._is_unfinished and not self._will_train:
+            self._weights_at_the_last_epoch = _checksum_of_weights(self.model)
         if is_restored:
+            if self._will_train:
+                self._warn_if_other_weights_are_extended(self._pending[0])
             self._set_the_rest(*self._pending)
             self._pending = None  # from here on, the live objects are ahead of it
         self._restored = None
         self._extend_what_fit_returns()
         if self._will_train:
-            self._attributes = _plain_attributes(self._neighbours())
+            self._attributes = _attributes_that_count(self._neighbours(), self.model)
             self._next_epoch = first_epoch
             if not is_restored:
                 self._begin_anew(first_epoch)
@@ -3903,6 +4145,14 @@ class ResumableCheckpoint(_Recorder):
         if ended is not None and not _is_same(ended["fingerprint"], self._fingerprint_now()):
             self._phases = [*self._phases, ended]  # without a `restore` between the two
 
+    def _warn_if_other_weights_are_extended(self, state):
+        before = state.get("weights_at_the_last_epoch")
+        if before is not None and before != _checksum_of_weights(self.model):
+            warnings.warn(
+                "The training that is extended had ended with averaged weights, or those of its best epoch. It goes on"
+                " from these, with the optimizer of its last epoch, which a training in one go had not done."
+            )
+
     def _set_the_rest(self, state, arrays):
         try:
             _set_callback_states(
@@ -3923,6 +4173,13 @@ class ResumableCheckpoint(_Recorder):
         )
         listed = [callback for callback in self._list.callbacks if not isinstance(callback, own)]
         return listed + [callback for callback in self.callbacks if callback not in listed]
+
+    def _check_directories(self):
+        """Raises ValueError if another ResumableCheckpoint of this training would overwrite the files of this one."""
+        for callback in self._list.callbacks:
+            if isinstance(callback, ResumableCheckpoint) and callback is not self:
+                is_another = callback._files.directory != self._files.directory
+                _expect(is_another, "directory", "one for each checkpoint", str(self.directory))
 
     def _check_first_epoch(self, epoch):
         """Raises ValueError if `fit` begins anywhere but where `restore` said."""
@@ -3948,6 +4205,7 @@ class ResumableCheckpoint(_Recorder):
 
     def _all_have_begun_epoch(self, epoch):
         self._is_training = True
+        self._weights_at_the_last_epoch = None  # a checksum, once that is known to be the last one
         self._last_batch = math.inf  # a loop of one's own may tell no batches
         self._stopped_after = None
         self._record_texts = {
@@ -3974,7 +4232,7 @@ class ResumableCheckpoint(_Recorder):
         if verdict["verdict"] == "different":
             warnings.warn(f"{said} Training goes on.")
         elif self.verbose:
-            print(f"{said} [{self.directory}]", flush=True)
+            _print(f"{said} [{self.directory}]")
 
     def _ask_keras(self):
         """Finds out whether a lower or a higher value is better: after the first batch, Keras has built its metrics."""
@@ -3992,10 +4250,14 @@ class ResumableCheckpoint(_Recorder):
             self._ask_keras()
         validated = any(name.startswith("val_") for name in logs)
         may_lack_it = self.monitor.startswith("val_") and not validated  # with `validation_freq`
-        if self.monitor not in logs and not may_lack_it:
+        was_logged = any(self.monitor in logged for logged in self._records.values())
+        if self.monitor not in logs and not may_lack_it and not was_logged:
             raise ValueError(f"monitor: {self.monitor!r} was not logged, only {', '.join(logs)}")
         is_stopped = self.model.stop_training and self._epochs < math.inf
         next_epoch = self._epochs if is_stopped else epoch + 1
+        self._weights_at_the_last_epoch = None
+        if self.model.stop_training or epoch + 1 == self._epochs:
+            self._weights_at_the_last_epoch = _checksum_of_weights(self.model)
         steps = (self.params or {}).get("steps")
         if is_stopped and steps and self._last_batch + 1 < steps:
             warnings.warn(
@@ -4005,7 +4267,7 @@ class ResumableCheckpoint(_Recorder):
         self._save(epoch, next_epoch, value=_number(logs.get(self.monitor)))
 
     def _warn_of_changed_attributes(self):
-        now = _plain_attributes(self._neighbours())
+        now = _attributes_that_count(self._neighbours(), self.model)
         changed = {
             name
             for (index, name), text in now.items()
@@ -4063,10 +4325,8 @@ class ResumableCheckpoint(_Recorder):
 
     def _say_where_it_stopped(self):
         if self._is_training:
-            print(
-                f"\nStopped. Run again to continue with epoch {self._next_epoch + 1}. [{self.directory}]",
-                flush=True,
-            )
+            next_one = self._next_epoch + 1
+            _print(f"\nStopped. Run again to continue with epoch {next_one}. [{self.directory}]")
 
     # Saving
 
@@ -4090,7 +4350,7 @@ class ResumableCheckpoint(_Recorder):
             self._failure = str(error) or repr(error)
             return
         if self._failure:
-            print(f"Saving works again: epoch {epoch + 1} is in {self.saved_path}.", flush=True)
+            _print(f"Saving works again: epoch {epoch + 1} is in {self.saved_path}.")
         self._failure = None
         self._next_epoch = next_epoch
         if finished:
@@ -4142,6 +4402,8 @@ class ResumableCheckpoint(_Recorder):
             "fingerprint": self._fingerprint_now(),
             "phases": self._phases,
         }
+        if finished:
+            state["weights_at_the_last_epoch"] = self._weights_at_the_last_epoch
         # The record is put in as text, behind all else: to make JSON of thousands of epochs anew would take long.
         for past in self._records:
             if past not in self._record_texts:
@@ -4337,12 +4599,13 @@ class Comparison:
         for number, run in enumerate(self.runs, 1):
             values = [str(run["settings"].get(name, missing)) for name in differing]
             ended = "yes" if run["finished"] else "no"
-            best = [f"{run['best']:.4f}", str(run["best_epoch"] + 1), str(run["epochs"]), ended]
+            best = [_in_digits(run["best"]), str(run["best_epoch"] + 1), str(run["epochs"]), ended]
             rows.append([str(number), self._name(run), *values, *best])
         return rows
 
     def _draw(self):
-        figure = FigureCanvasAgg(Figure(figsize=(8.8, 3.2), dpi=100, layout="constrained")).figure
+        height = max(3.2, 0.2 + 0.18 * len(self.runs))  # so that all stand in the legend
+        figure = _new_figure(8.8, height, layout="constrained")
         ax = figure.add_subplot(xlabel="epoch")
         ax.set_ylabel(self.runs[0]["monitor"], parse_math=False)
         ax.spines[["top", "right"]].set_visible(False)
@@ -4555,9 +4818,7 @@ class Replay:
         index = self._run["epoch"].index(epoch)
         history = self._run["history"]
         values = {name: _number(history[name][index]) for name in _curves_of(self._graphs, history)}
-        return "  ".join(
-            f"{name} {value:.4f}" for name, value in values.items() if math.isfinite(value)
-        )
+        return _listed({name: value for name, value in values.items() if math.isfinite(value)})
 
     def __repr__(self):
         return f"Replay of {self._run['directory']}: {self.path}"
@@ -4592,7 +4853,8 @@ _PAGE = """<!DOCTYPE html>
   #bar { display: flex; align-items: center; gap: 10px; margin-bottom: 4px }
   #epoch { flex: 1 } #where { min-width: 8em } button { width: 5em; font: inherit }
   img { max-width: 100%; display: block }
-  #curves { position: relative } #curves div { position: absolute; width: 2px; background: #cc79a7 }
+  #curves { position: relative; width: fit-content; max-width: 100% }
+  #curves div { position: absolute; width: 2px; background: #cc79a7 }
   #others { display: flex; flex-wrap: wrap; align-items: flex-start } #logged { min-height: 1.3em; font-size: 12px }
 </style></head><body>
 <div id="bar"><button id="play">Play</button><input id="epoch" type="range" min="0" aria-label="epoch">
@@ -4639,6 +4901,7 @@ function play() {
 slider.oninput = () => { pause(); show(); };
 find("play").onclick = play;
 document.onkeydown = event => {
+  if (event.altKey || event.ctrlKey || event.metaKey) return;
   const step = {ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1}[event.key];
   if (step) { pause(); move(step); event.preventDefault(); }
   if (event.key === " " && event.target !== find("play")) { play(); event.preventDefault(); }

@@ -1,5 +1,6 @@
 """What a resume finds out about itself, and what would make it inexact: repaired, told at once, or refused."""
 
+import collections
 import contextlib
 import datetime
 import functools
@@ -156,8 +157,7 @@ def test_with_nothing_to_compare_it_says_so(capsys):
     checkpoint = fit(new_model())
     assert checkpoint.resumes == [{"epoch": 2, "verdict": "not compared", "batches": 0}]
     assert (
-        "with nothing to compare: it was interrupted before its first batch, or its"
-        in capsys.readouterr().out
+        "with nothing to compare: none of its batches was trained before" in capsys.readouterr().out
     )
 
 
@@ -448,6 +448,245 @@ def test_an_epoch_that_a_callback_cuts_short_is_told():
     cut = keras.callbacks.LambdaCallback(on_train_batch_end=stop)
     with pytest.warns(UserWarning, match="stopped epoch 1 after batch 3 of 8. It counts as an"):
         fit(model, callbacks=[cut])
+
+
+class Forgetful(keras.callbacks.Callback):
+    """Changes an attribute after each epoch, and does not tell."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+
+    def on_epoch_end(self, epoch, logs=None):
+        if isinstance(self.kept, np.random.Generator):
+            self.kept.random()
+        elif isinstance(self.kept, np.ndarray):
+            self.kept = self.kept + 1
+        elif isinstance(self.kept, keras.Variable):
+            self.kept.assign_add(1)
+        else:
+            self.kept.append(epoch)
+
+
+KEPT = {
+    "deque": lambda: collections.deque(maxlen=3),
+    "generator": lambda: np.random.default_rng(1),
+    "large array": lambda: np.zeros(300_000),
+    "variable": lambda: keras.Variable(0.0),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_whatever_a_callback_changes_and_does_not_tell_is_named(kind):
+    with pytest.warns(UserWarning, match="A resume will not continue Forgetful.kept"):
+        fit(new_model(), epochs=1, callbacks=[Forgetful(KEPT[kind]())])
+
+
+def test_what_the_training_itself_changes_is_no_attribute_of_a_callback():
+    model = new_model()
+
+    class Looks(keras.callbacks.Callback):
+        part = None
+
+        def on_train_begin(self, logs=None):
+            self.part = model.layers[0]
+            self.optimizer = model.optimizer
+
+    with nothing_said():
+        fit(model, epochs=2, callbacks=[Looks()])
+
+
+def test_keys_of_a_state_that_are_no_texts_are_told():
+    class Mine(keras.callbacks.Callback):
+        def get_state(self):
+            return {"seen": {0: 0.9}}
+
+        def set_state(self, state):
+            pass
+
+    with pytest.warns(
+        UserWarning, match=r"Mine.get_state\(\) has a dict with keys that are no texts"
+    ):
+        fit(new_model(), epochs=1, callbacks=[Mine()])
+
+
+def test_odd_methods_and_properties_of_callbacks_cost_nothing():
+    class Odd(keras.callbacks.Callback):
+        def get_state(self, key):
+            return key
+
+        def set_state(self, state):
+            pass
+
+        @property
+        def best(self):
+            return max([])
+
+    with pytest.warns(UserWarning, match=r"its get_state\(\) fails"):
+        interrupt(new_model(), stop=1, callbacks=[Odd()])
+        checkpoint = fit(new_model(), callbacks=[Odd()])
+    assert state_of()["epoch"] == 3 and checkpoint.resumes[0]["verdict"] == "equal"
+
+
+def test_what_is_not_saved_is_named_before_training():
+    model = new_model()
+    model.other = keras.optimizers.SGD()
+    with pytest.warns(UserWarning, match="Not saved.*: Sequential.other. Only model.optimizer"):
+        fit(model, epochs=1)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs TensorFlow")
+def test_a_variable_of_tensorflow_is_named_before_training():
+    import tensorflow as tf
+
+    model = new_model()
+    model.layers[0].steps = tf.Variable(0)
+    with pytest.warns(UserWarning, match="Not saved, so that a resume is not exact: Dense.steps"):
+        fit(model, epochs=1)
+
+
+def test_a_training_that_had_ended_is_checked_when_it_is_extended():
+    fit(new_model(), epochs=1)
+    interrupt(new_model(), epochs=3, stop=1)
+    checkpoint = ResumableCheckpoint("run", monitor="loss")
+    model = new_model()
+    first = checkpoint.restore(model)
+    backwards = exactness.X[::-1].copy(), exactness.LABELS[::-1].copy()
+    with pytest.warns(UserWarning, match="Epoch 2 does not continue exactly as before"):
+        model.fit(
+            *backwards, 8, 3, shuffle=False, verbose=0, initial_epoch=first, callbacks=[checkpoint]
+        )
+    verdicts = [resume["verdict"] for resume in checkpoint.resumes]
+    assert verdicts == ["not compared", "different"]
+
+
+def test_a_training_that_had_ended_with_averaged_weights_is_not_extended_in_silence():
+    def averaging():
+        return new_model(optimizer=optimizers.Adam(0.01, use_ema=True))
+
+    fit(averaging(), epochs=2)
+    with nothing_said():
+        fit(averaging(), epochs=2)  # complete
+    with pytest.warns(UserWarning, match="had ended with averaged weights, or those of its best"):
+        fit(averaging(), epochs=3)
+
+
+def test_values_under_names_of_ones_own_are_compared():
+    class Own(keras.Model):
+        def train_step(self, data):
+            return {"mine": super().train_step(data)["loss"]}
+
+    def new():
+        keras.backend.clear_session()
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((6,))
+        model = Own(inputs, layers.Dense(3, "softmax")(inputs))
+        model.compile("sgd", "sparse_categorical_crossentropy")
+        return model
+
+    def run(x, stop=None):
+        model, checkpoint = new(), ResumableCheckpoint("run", monitor="mine", mode="min")
+        callbacks = [checkpoint] + ([] if stop is None else [interrupt_in(stop)])
+        first = checkpoint.restore(model)
+        options = {"shuffle": False, "verbose": 0, "initial_epoch": first, "callbacks": callbacks}
+        model.fit(x, exactness.LABELS, 8, 3, **options)
+        return checkpoint.resumes
+
+    with pytest.raises(exactness.Interruption):
+        run(exactness.X, stop=1)
+    with pytest.warns(UserWarning, match="mine is .* and was"):
+        run(exactness.X + 1)
+
+
+def test_keras_s_own_random_numbers_go_on():
+    class Draws(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            drawn.append(float(keras.random.uniform(())))
+
+    drawn = []
+    fit(new_model(), "whole", callbacks=[Draws()])
+    whole = drawn.copy()
+    drawn.clear()
+    interrupt(new_model(), "parts", callbacks=[Draws()])
+    fit(new_model(), "parts", callbacks=[Draws()])
+    assert drawn == whole and len(set(drawn)) == 4
+
+
+def test_a_screen_that_cannot_be_printed_on_costs_no_training(monkeypatch):
+    class Full:
+        encoding = "ascii"
+
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        def flush(self):
+            pass
+
+    interrupt(new_model(), stop=1)
+    monkeypatch.setattr("sys.stdout", Full())
+    checkpoint = fit(new_model())
+    assert checkpoint.resumes[0]["verdict"] == "equal"
+
+
+def test_a_value_that_is_not_logged_in_every_epoch_can_be_monitored():
+    class Sometimes(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch % 2 == 0:
+                logs["map"] = float(epoch)
+
+    checkpoint = fit(new_model(), callbacks=[Sometimes()], monitor="map", mode="max")
+    assert (checkpoint.best, checkpoint.best_epoch) == (2.0, 2) and state_of()["epoch"] == 3
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs TensorFlow")
+def test_a_model_made_for_several_devices_is_continued_outside_of_its_scope():
+    import tensorflow as tf
+
+    def made_in_scope():
+        keras.utils.set_random_seed(1)
+        with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+            return exactness.dense(layers.Dropout(0.3))
+
+    interrupt(made_in_scope(), stop=1)
+    assert fit(made_in_scope()).resumes[0]["verdict"] == "equal"
+
+
+def test_two_checkpoints_in_one_directory_are_refused():
+    second = ResumableCheckpoint("run", monitor="accuracy")
+    with pytest.raises(ValueError, match="^directory: expected one for each checkpoint"):
+        fit(new_model(), callbacks=[second])
+
+
+def test_a_later_phase_may_add_weights():
+    def model_with(*extra):
+        keras.backend.clear_session()
+        keras.utils.set_random_seed(1)
+        return exactness.dense(*extra)
+
+    def both(stop=None):
+        model = model_with()
+        fit(model, epochs=2)
+        model.layers[0].enable_lora(2)
+        model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+        return fit(model, epochs=4, stop=stop)
+
+    with pytest.raises(exactness.Interruption):
+        both(stop=3)
+    assert both().resumes[-1]["verdict"] == "equal"
+
+
+def test_an_adapted_normalization_is_restored_without_adapting_it_anew():
+    def normalizing(is_adapted):
+        layer = layers.Normalization()
+        model = new_model()
+        model = keras.Sequential([keras.Input((6,)), layer, *model.layers])
+        if is_adapted:
+            layer.adapt(3 * exactness.X + 5)
+        model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+        return model
+
+    interrupt(normalizing(is_adapted=True), stop=1)
+    assert fit(normalizing(is_adapted=False)).resumes[0]["verdict"] == "equal"
 
 
 # What must match ----

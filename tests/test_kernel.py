@@ -119,4 +119,4 @@ def test_after_a_stop_the_picture_says_in_which_epoch(notebook):
     assert "KeyboardInterrupt" in raised and len(images(notebook.cells[9])) == 1
     assert notebook.cells[10].outputs[0].text.startswith("stopped in epoch 2/4 ")
     # The next training is not called stopped.
-    assert notebook.cells[11].outputs[-1].text.startswith("1 epochs in ")
+    assert notebook.cells[11].outputs[-1].text.startswith("1 epoch in ")
