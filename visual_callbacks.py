@@ -540,7 +540,7 @@ def _set_label(ax, name):
     formatter = ax.yaxis.get_major_formatter()
     formatter.set_locs(ax.get_yticks())
     factor = formatter.get_offset()
-    name = _shortened(name, 20 if factor else 26)
+    name = _shortened(name, 16 if factor else 22)
     ax.set_ylabel(f"{name} ({factor})" if factor else name, parse_math=False)
 
 
@@ -718,7 +718,7 @@ def _fill_panel(ax):
     ax.locator_params(nbins=5)
     ax.locator_params("x", integer=True)
     # So that no number is as wide as to meet the label, which takes the factor, too: see `_set_label`.
-    ax.ticklabel_format(axis="y", scilimits=(-2, 4))
+    ax.ticklabel_format(axis="y", scilimits=(-2, 3))
     ax.yaxis.offsetText.set_visible(False)
     ax.yaxis.set_label_coords(-0.14, 0.5)
     curve = {"marker": "o", "ms": 0}
@@ -1772,7 +1772,8 @@ class _Plotter(_Recorder):
         self.shown_in = None  # a _ShownIn
         _expect(isinstance(path, (str, os.PathLike)), "path", "that of a file", path, TypeError)
         self._path = Path(path)
-        self._format = Image.registered_extensions().get(self._path.suffix.lower())
+        suffix = self._path.suffix.lower() or ".png"
+        self._format = Image.registered_extensions().get(suffix)
         wanted = "a picture file such as .png, .jpg or .pdf"
         _expect(self._format in Image.SAVE, "path", wanted, str(path))
         self._save_graph = save_graph

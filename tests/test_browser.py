@@ -383,6 +383,15 @@ def check_the_slider(page):
         )
     assert len({state[2] for state in states}) == len({state[3] for state in states}) == EPOCHS
     assert len({state[1] for state in states}) == EPOCHS
+    away = page.evaluate("""() => {
+      const image = document.querySelector('#curves img').getBoundingClientRect();
+      return [...document.querySelectorAll('#curves div')].map((line, number) => {
+        const [left, step] = data.lines[number];
+        const epoch = data.epochs[data.epochs.length - 1];
+        return line.getBoundingClientRect().x - image.x - image.width * (left + step * epoch);
+      });
+    }""")
+    assert all(abs(pixels) < 1 for pixels in away)  # each line stands at its epoch in the picture
     slider.press("ArrowLeft")
     assert shown() == states[-2]
     slider.press("Home")

@@ -415,6 +415,12 @@ def test_a_grid_has_its_images_in_order_with_their_texts():
     assert corners[0][0] == corners[3][0] == corners[6][0] < corners[1][0] < corners[2][0]
 
 
+def test_colours_of_any_range_are_shown():
+    for colours in (np.full((2, 4, 4, 3), 255.0), np.array([[[[-2.0, 0.0, 2.0]]]])):
+        shown = [ax.images[0].get_array() for ax in plot_images(colours).figure.axes]
+        assert all(image.min() >= 0 and image.max() == 1 for image in shown)
+
+
 def test_texts_of_a_grid_can_be_numbers():
     figure = plot_images(np.zeros((4, 8, 8)), titles=np.arange(4), rows=[5, 6], columns=2)
     assert [ax.get_title() for ax in figure.axes] == ["0", "1", "2", "3"]

@@ -63,6 +63,7 @@ def notebook():
         "fit(1, *stopped); print(stopped[0].figure.texts[0].get_text())",
         "own = keras.callbacks.CallbackList(plotters(), model=model); fit(2, own)",
         "fit(2, own)",
+        "from visual_callbacks import plot_history; plot_history({'loss': [2, 1]}, ['loss'])",
     )
 
 
@@ -108,6 +109,10 @@ def test_a_callback_list_used_again_shows_in_the_new_cell(notebook):
     first, again = notebook.cells[12], notebook.cells[13]
     assert len(images(first)) == len(images(again)) == 1
     assert images(first)[0] != images(again)[0]
+
+
+def test_a_figure_is_shown_without_pyplot(notebook):
+    assert len(images(notebook.cells[14])) == 1
 
 
 def test_no_pyplot_figure_is_open(notebook):

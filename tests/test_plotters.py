@@ -141,6 +141,34 @@ def test_a_history_is_drawn_as_it_is_though_the_model_was_trained_again(data, bu
 
 
 @pytest.mark.versions
+def test_small_and_large_numbers_are_told(data, build, capsys):
+    plotter = AccLossPlotter(["loss"])
+    small = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: logs.update(loss=0.00002, val_loss=3e9)
+    )
+    fit(build(), data[0], np.eye(3)[data[1]], [small, plotter])
+    assert "loss 2e-05  val_loss 3e+09" in capsys.readouterr().out
+    panel = plot_history({"loss": [3e-4, 2e-4]}, ["loss"]).axes[0]
+    assert panel.get_ylabel() == f"loss ({panel.yaxis.get_major_formatter().get_offset()})"
+    assert "4" in panel.get_ylabel() and not panel.yaxis.offsetText.get_visible()
+    (note,) = [text.get_text() for text in panel.texts if text.get_gid() == "note"]
+    assert note == ""
+    panel = plot_history({"loss": [np.nan, np.inf]}, ["loss"]).axes[0]
+    (note,) = [text.get_text() for text in panel.texts if text.get_gid() == "note"]
+    assert note == "no value is a finite number"
+
+
+def test_where_keras_prints_no_lines_are_added(data, build, capsys):
+    options = dict(epochs=1, callbacks=[AccLossPlotter()])
+    build().fit(data[0], np.eye(3)[data[1]], 30, verbose=2, **options)
+    assert "epoch 1/1" not in capsys.readouterr().out
+
+
+def test_pictures_are_of_the_kind_that_their_name_says(data, build, tmp_path):
+    fit(build(), data[0], np.eye(3)[data[1]], [AccLossPlotter(path="x.jpg")], epochs=1)
+    assert (tmp_path / "x.jpg").read_bytes().startswith(b"\xff\xd8")
+
+
 def test_a_title_is_never_cut_at_the_edge():
     long = "Confusion matrix (a data set with a long name) · epoch 10"
     figure = plot_confusion_matrix(np.eye(3), CLASSES, title=long)
@@ -888,6 +916,61 @@ def test_a_matrix_is_changed_in_place_with_all_that_is_asked_for():
         plot_confusion_matrix(np.eye(3), CLASSES, ax=ax)
 
 
+class Inside(keras.callbacks.Callback):
+    """Calls other callbacks, as that of a library may."""
+
+    def __init__(self, *others):
+        super().__init__()
+        self.others = others
+
+    def set_model(self, model):
+        super().set_model(model)
+        for other in self.others:
+            other.set_model(model)
+
+    def set_params(self, params):
+        super().set_params(params)
+        for other in self.others:
+            other.set_params(params)
+
+    def on_train_begin(self, logs=None):
+        for other in self.others:
+            other.on_train_begin(logs)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        for other in self.others:
+            other.on_epoch_begin(epoch, logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        for other in self.others:
+            other.on_epoch_end(epoch, logs)
+
+
+def test_plotters_inside_of_another_callback_draw_their_own(data, build):
+    x, y = data
+    first = ConfusionMatrixPlotter(x[:30], y[:30], CLASSES)
+    second = ConfusionMatrixPlotter(x[30:], y[30:], CLASSES)
+    third = ConfusionMatrixPlotter(x[:50], y[:50], CLASSES)
+    model = build()
+    fit(model, x, np.eye(3)[y], [Inside(first, second), third])
+    for plotter in (first, second, third):
+        shown = [int(text.get_text()) for text in plotter.figure.axes[0].texts]
+        assert shown == plotter.confusion_matrix().ravel().tolist()
+
+
+def test_a_model_that_answers_nan_is_not_drawn_as_if_it_answered(data, build):
+    x, y = data
+    model, plotter = build(), ConfusionMatrixPlotter(x, y, CLASSES)
+
+    def break_it(epoch, logs):
+        if epoch == 1:
+            model.layers[0].bias.assign(np.full(12, np.nan))
+
+    breaking = keras.callbacks.LambdaCallback(on_epoch_end=break_it)
+    with pytest.warns(UserWarning, match="cannot draw: .*bias is nan or infinite"):
+        fit(model, x, np.eye(3)[y], [breaking, plotter], epochs=2)
+
+
 def test_every_n_epochs_and_the_last(data, build):
     x, y = data
     plotter, drawn = ConfusionMatrixPlotter(x, y, CLASSES, every=2), []
@@ -969,6 +1052,8 @@ def test_old_calls_of_keras_visuals_work_unchanged(data, build):
         (lambda x, y: AccLossPlotter(graphs=None), "graphs"),
         (lambda x, y: AccLossPlotter(graphs=["val_loss"]), "graphs"),
         (lambda x, y: AccLossPlotter(path=None), "path"),
+        (lambda x, y: AccLossPlotter(path="x.svg"), "path"),
+        (lambda x, y: ConfusionMatrixPlotter(list(x), y, CLASSES), "X_val"),
         (lambda x, y: AccLossPlotter(verbose=2), "verbose"),
         (lambda x, y: AccLossPlotter(colour="red"), "colour"),
         (lambda x, y: ConfusionMatrixPlotter(x, y[:5], CLASSES), "Y_val"),
