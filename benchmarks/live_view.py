@@ -253,7 +253,7 @@ def what_an_epoch_costs(widths, predictions, images=1000):
     measured = _Measured()
     for number in range(2000):
         measured.keep("confusion_matrix", number, np.zeros((100, 100), np.uint16))
-        measured.keep("predictions probabilities", number, np.zeros((12, 100), np.uint8))
+        measured.keep("predictions probabilities", number, np.zeros((12, 100), np.uint16))
         measured.keep("predictions falls", number, np.zeros((12, 7, 7), np.int8))
 
     def save(with_record):
