@@ -1545,11 +1545,19 @@ def _unchanged(model):
                 variable.assign(old)
 
 
+def _device_count(model):
+    """How many devices share a batch."""
+    distribution = keras.distribution.distribution()
+    if distribution is not None:
+        return distribution.device_mesh.devices.size
+    strategy = getattr(model, "distribute_strategy", None)  # of TensorFlow
+    return 1 if strategy is None else strategy.num_replicas_in_sync
+
+
 def _scores(model, images, batch_size):
     """What a model with one output says of images, of shape (n, outputs)."""
-    # On JAX, several devices share each batch; it has to have as many images for each of them.
-    distribution = keras.distribution.distribution()
-    devices = 1 if distribution is None else distribution.device_mesh.devices.size
+    # Several devices share each batch: on JAX it must have as many images for each, on TensorFlow one at least.
+    devices = _device_count(model)
     count = len(images)
     if count % devices:
         more = np.repeat(images[-1:], devices - count % devices, axis=0)

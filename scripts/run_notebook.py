@@ -69,7 +69,7 @@ class OnlyReports(logging.Filter):
         if begun:
             self.is_report = "report" in self.tags[int(begun[1]) - 1]
         is_note = re.match(
-            r"Executing |Ending Cell|Input Notebook|Output Notebook|<Figure |<.* object>", text
+            r"Executing |Ending Cell|Input Notebook|Output Notebook|<_?Figure |<.* object>", text
         )
         is_printed = self.is_report and text.strip() and not is_note
         return bool(is_printed) or record.levelno >= logging.WARNING
