@@ -121,6 +121,10 @@ def _expect(good, argument, wanted, got, error=ValueError):
         raise error(f"{argument}: expected {wanted}, got {got!r}")
 
 
+def _expect_path(path, argument):
+    _expect(isinstance(path, (str, os.PathLike)), argument, "a path", path, TypeError)
+
+
 def _expect_names(classes):
     is_list = hasattr(classes, "__len__") and not isinstance(classes, str)
     _expect(is_list and len(classes) > 1, "classes", "a list of at least two names", classes)
@@ -1778,7 +1782,7 @@ class _Plotter(_Recorder):
         self.figure = None
         self.picture = None  # its pixels
         self.shown_in = None  # a _ShownIn
-        _expect(isinstance(path, (str, os.PathLike)), "path", "that of a file", path, TypeError)
+        _expect_path(path, "path")
         self._path = Path(path)
         suffix = self._path.suffix.lower() or ".png"
         self._format = Image.registered_extensions().get(suffix)
@@ -3799,9 +3803,10 @@ class ResumableCheckpoint(_Recorder):
             what is `"likely"` its cause.
 
     Raises:
-        ValueError, TypeError: an argument is not as above. When training begins: the model cannot be saved as HDF5, or
-            the data is certain to come in another order. After the first batch: `mode="auto"` cannot tell whether a
-            lower or a higher `monitor` is better. After an epoch: `monitor` was not logged.
+        ValueError, TypeError: an argument is not as above. When training begins: the model cannot be saved as HDF5, the
+            data is certain to come in another order, or another ResumableCheckpoint has this directory. After the first
+            batch: `mode="auto"` cannot tell whether a lower or a higher `monitor` is better. After the first epoch:
+            `monitor` was not logged.
         FileNotFoundError: the parent of `copy_to` does not exist.
     """
 
@@ -3821,8 +3826,7 @@ class ResumableCheckpoint(_Recorder):
         super().__init__()
         _expect(isinstance(monitor, str), "monitor", "the name of a logged value", monitor)
         _expect(mode in ("auto", "min", "max"), "mode", '"auto", "min" or "max"', mode)
-        is_path = isinstance(directory, (str, os.PathLike))
-        _expect(is_path, "directory", "the path of a directory", directory, TypeError)
+        _expect_path(directory, "directory")
         _expect(verbose in (0, 1), "verbose", "0 or 1", verbose)
         several = isinstance(callbacks, (list, tuple))
         several = several and all(hasattr(callback, "on_epoch_end") for callback in callbacks)
@@ -3980,27 +3984,16 @@ class ResumableCheckpoint(_Recorder):
         self._restored = self.model, self.model.optimizer
         with _opened(chosen.path, _most_bytes(self.model)) as (_, datasets):
             self._put_back_what_was_measured(datasets)
+            self._records.update((record["epoch"], record["logs"]) for record in state["records"])
             if relation == _PHASE_BEFORE:
                 self._begin_phase(state)
                 return
-            if relation == _ITS_OWN:
-                _assign_saved(self.model, _pair_variables(self.model, state, datasets))
-            else:  # the later phase may have other variables; it loads them itself
-                with contextlib.suppress(ValueError):
-                    pairs = _pair_variables(self.model, state, datasets, with_optimizer=False)
-                    _assign_saved(self.model, pairs)
+            if relation == _LATER_PHASE:
+                self._pass_phase(state, phase, datasets)
+                return
+            _assign_saved(self.model, _pair_variables(self.model, state, datasets))
             kept_by_callbacks = _below(f"{_GROUP}/arrays/callbacks/", datasets)
-        records = {record["epoch"]: record["logs"] for record in state["records"]}
-        if relation == _LATER_PHASE:
-            self._is_passed = True
-            self._next_epoch = phase["next_epoch"]
-            for epoch, logs in records.items():
-                if epoch < phase["epochs"]:
-                    self._records[epoch] = logs
-            self._measured.forget_from(phase["epochs"])
-            return
         arrays = {f"callbacks/{name}": values for name, values in kept_by_callbacks.items()}
-        self._records.update(records)
         self._pending = state, arrays
         self._is_unfinished = not state["finished"]
         self._next_epoch = state["next_epoch"]
@@ -4028,13 +4021,22 @@ class ResumableCheckpoint(_Recorder):
 
     def _begin_phase(self, state):
         """The saved phase is complete, and was so in this process: the model has its weights, and is compiled anew."""
-        self._records.update((record["epoch"], record["logs"]) for record in state["records"])
         ended = {"next_epoch": state["next_epoch"], "epochs": state["epoch"] + 1}
         self._phases = [*state["phases"], {"fingerprint": state["fingerprint"], **ended}]
         self._next_epoch = state["epoch"] + 1
         if state["fingerprint"]["monitor"] == self.monitor:
             self.best = state["best"]
             self.best_epoch = state["best_epoch"]
+
+    def _pass_phase(self, state, phase, datasets):
+        """This phase is complete, and what was saved is of a later one."""
+        self._is_passed = True
+        self._next_epoch = phase["next_epoch"]
+        self._forget_from(phase["epochs"])
+        # The later phase may have other variables; it loads them itself.
+        with contextlib.suppress(ValueError):
+            pairs = _pair_variables(self.model, state, datasets, with_optimizer=False)
+            _assign_saved(self.model, pairs)
 
     def _training(self):
         """Identifies this training in the file of the self-check."""
