@@ -814,9 +814,10 @@ def _draw_matrix(matrix, classes, normalize, cmap, title, ax, cell):
     image.set_clim(0, 1 if normalize else max(matrix.max(), 1))
     labels = []
     for name, recall, size in zip(names, recalls.diagonal(), matrix.sum(axis=1)):
-        labels.append(
-            f"{name} {recall:4.0%}" if size > 0 else f"{name}    –"
-        )  # – : it has no images
+        told = (
+            f"{recall:4.0%}" if size > 0 else "   –"
+        )  # of a class without images, nothing is known
+        labels.append(f"{name} {told}")
     ax.set_yticks(range(count), labels, fontsize=font, parse_math=False)
     colours = image.cmap(image.norm(shown)).reshape(-1, 4)[:, :3]
     brightness = colours @ (0.299, 0.587, 0.114)
@@ -915,14 +916,13 @@ def plot_images(
     for shape in (image.shape for image in images):
         is_shown = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
         _expect(is_shown, "images", "shapes (height, width) or (height, width, 1, 3 or 4)", shape)
-    colours = [image for image in images if image.ndim == 3 and image.shape[2] > 1 and image.size]
-    if colours:
-        low = min(image.min() for image in colours)
-        high = max(image.max() for image in colours)
-        images = [
-            _as_brightness(image, low, high) if image.ndim == 3 and image.shape[2] > 1 else image
-            for image in images
-        ]
+    # All on one scale, so that they can be compared. Bytes are what they are.
+    scaled = [i for i, image in enumerate(images) if image.ndim == 3 and image.shape[2] > 1]
+    scaled = [i for i in scaled if images[i].dtype != np.uint8 and images[i].size > 0]
+    low = min((images[i].min() for i in scaled), default=0)
+    high = max((images[i].max() for i in scaled), default=1)
+    for i in scaled:
+        images[i] = _as_brightness(images[i], low, high)
     is_count = isinstance(columns, numbers.Integral) and columns > 0
     _expect(is_count, "columns", "a whole number from 1 on", columns)
     columns = min(columns, len(images))

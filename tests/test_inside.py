@@ -419,6 +419,10 @@ def test_colours_of_any_range_are_shown():
     for colours in (np.array([0.0, 127.5, 255.0]), np.array([-2.0, 0.0, 2.0])):
         (ax,) = plot_images(colours.reshape(1, 1, 1, 3)).axes
         np.testing.assert_allclose(ax.images[0].get_array()[0, 0], [0, 0.5, 1])
+    dark = np.full((1, 2, 2, 3), 10, np.uint8)
+    dark[0, 0, 0] = 2
+    (ax,) = plot_images(dark).axes
+    np.testing.assert_array_equal(ax.images[0].get_array(), dark[0])
 
 
 def test_texts_of_a_grid_can_be_numbers():
