@@ -1,10 +1,10 @@
-"""Renews what is committed from an executed run of the default preset; `make release` calls it.
+"""Renews what is committed from an executed run; `make release` and `make release PRESET=full` call it.
 
     python scripts/release.py EXECUTED.ipynb
     python scripts/release.py --repository OWNER/NAME     writes the address into badge and first cell, before a run
 
-The run gives the notebook's outputs and the figures. (Weights to ship: further_training.py and ship.py.) The tests
-import `code_digest` from here, to notice a code cell edited since.
+A run of the default preset gives the notebook's outputs and the figures; one of the `full` preset the shipped weights
+(by ship.py). The tests import `code_digest` from here, to notice a code cell edited since.
 """
 
 import base64
@@ -122,9 +122,19 @@ def main():
         if "injected-parameters" in cell.metadata.get("tags", [])
     ]
     knobs = [line for line in "".join(injected).splitlines() if line and not line.startswith("#")]
+    others = [line for line in knobs if not line.startswith(("PRESET =", "PRECISION ="))]
+    if others:
+        sys.exit(
+            f"A release has a preset's knobs, this run ({folder}) has others: {', '.join(others)}"
+        )
+    if 'PRESET = "full"' in knobs:
+        import ship  # with Keras, which takes seconds
+
+        ship.main(folder / "best_model.hdf5")
+        return
     if knobs:
         sys.exit(
-            f"A release has the default preset's knobs, this run ({folder}) has others: {', '.join(knobs)}"
+            f"The notebook shows a run without knobs, this one ({folder}) has {', '.join(knobs)}"
         )
     if "epoch 1/" not in text:
         sys.exit(

@@ -1,16 +1,15 @@
-"""One or several networks in one file, which answers with their mean: how models/best_model.hdf5 is put together.
+"""Makes models/best_model.hdf5 of a trained network: small, calibrated, float32. `make release PRESET=full` calls it.
 
-    CIFAR10_NPZ=cifar10.npz python scripts/ship.py FILE...
+    CIFAR10_NPZ=cifar10.npz python scripts/ship.py FILE
 
-FILE: an HDF5 file with a whole model of the notebook's kind, such as the `best_model.hdf5` of a training. Prints the
-accuracy of each network and of the new file, and how far its probabilities are from the shares of right answers. The
-new file then replaces models/best_model.hdf5.
+FILE: the `best_model.hdf5` of a run of the notebook. Prints how good the network is that was shipped before and the
+new one, and how far their probabilities are from the shares of right answers (expected calibration error).
 """
 
+import json
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -18,25 +17,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import h5py  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
-from keras import layers, ops  # noqa: E402
+from keras import ops  # noqa: E402
+from sklearn.metrics import log_loss  # noqa: E402
 
 TARGET = Path(__file__).parent.parent / "models" / "best_model.hdf5"
-
-
-def mean_of(models):
-    """One network that holds all of these, for images of shape (n, height, width, 3), and answers with their mean.
-
-    Networks that were trained with label smoothing are too modest. So the mean of their probabilities is squared and
-    divided by its sum, which changes no answer: a temperature of 0.5 (Guo and others, 2017).
-    """
-    image = keras.Input((None, None, 3), name="image")
-    answers = []
-    for number, model in enumerate(models, 1):
-        part = keras.Model(model.input, model.output, name=f"part_{number}")
-        answers.append(part(image))
-    length_1 = layers.UnitNormalization(name="length_1")(layers.average(answers))
-    probabilities = layers.Multiply(name="probabilities")([length_1, length_1])
-    return keras.Model(image, probabilities, name="first_steps_cnn")
 
 
 def rounded(weights):
@@ -44,6 +28,48 @@ def rounded(weights):
     if weights.ndim != 4:
         return weights
     return ops.convert_to_numpy(ops.cast(ops.cast(weights, "bfloat16"), "float32"))
+
+
+def pack(source, target, temperature=1.0):
+    """Copies a network's file: its filters rounded, compressed, without what only a resumed training needs.
+
+    The copy computes in float32, and its layer `logits` divides them by the temperature.
+    """
+    with h5py.File(source) as file, h5py.File(target, "w") as packed:
+
+        def copy(name, item):
+            if isinstance(item, h5py.Dataset):
+                new = packed.create_dataset(
+                    name,
+                    data=rounded(item[()]),
+                    compression="gzip",
+                    compression_opts=9,
+                    shuffle=True,
+                )
+            else:
+                new = packed.require_group(name)
+            new.attrs.update(item.attrs)
+
+        copy("model_weights", file["model_weights"])
+        file["model_weights"].visititems(lambda name, item: copy(f"model_weights/{name}", item))
+        packed.attrs.update(file.attrs)
+        text = re.sub(r'"(mixed_)?b?float16"', '"float32"', file.attrs["model_config"])
+        config = json.loads(text)
+        for layer in config["config"]["layers"]:
+            if layer["config"]["name"] == "logits":
+                layer["config"]["scale"] /= temperature
+        packed.attrs["model_config"] = json.dumps(config)
+
+
+def best_temperature(probabilities, labels):
+    """That by which the logits must be divided for the smallest log loss (Guo and others, 2017)."""
+    candidates = np.linspace(0.2, 2, 91)
+    losses = []
+    for temperature in candidates:
+        powers = probabilities.astype("float64") ** (1 / temperature)
+        tempered = powers / powers.sum(axis=1, keepdims=True)
+        losses.append(log_loss(labels, tempered, labels=np.arange(tempered.shape[1])))
+    return float(candidates[np.argmin(losses)])
 
 
 def calibration_error(answers, labels, bins=15):
@@ -55,77 +81,48 @@ def calibration_error(answers, labels, bins=15):
     return np.abs(gaps).sum() / len(labels)
 
 
-def save(model, path):
-    """Saves a model without its optimizer's state, packed, and without arguments that Keras 3.13 does not know."""
-    newer = ', "(input_axes|output_axes|renorm|renorm_clipping|renorm_momentum)": [^,}]*'  # all at their defaults
-    with tempfile.TemporaryDirectory() as folder, h5py.File(path, "w") as packed:
-
-        def copy(name, item):
-            if isinstance(item, h5py.Dataset):
-                packing = (
-                    dict(compression="gzip", compression_opts=9, shuffle=True) if item.shape else {}
-                )
-                target = packed.create_dataset(name, data=item[()], **packing)
-            else:
-                target = packed.require_group(name)
-            target.attrs.update(item.attrs)
-
-        plain = Path(folder, "plain.hdf5")
-        keras.Model(model.input, model.output, name=model.name).save(plain)
-        with h5py.File(plain) as file:
-            file.visititems(copy)
-            packed.attrs.update(file.attrs)
-            packed.attrs["model_config"] = re.sub(newer, "", file.attrs["model_config"])
-
-
-def load(path):
-    """The network in a file, its filters rounded."""
-    model = keras.models.load_model(path, compile=False)
-    model.set_weights([rounded(weights) for weights in model.get_weights()])
-    return model
-
-
-def show(name, answers, labels):
-    """Prints how good the answers to images and to their mirror images are."""
-    plain, mirrored = answers
-    both = (plain + mirrored) / 2
+def show(name, model, images, labels):
+    """Prints how good a network's answers to images and to their mirror images are; returns those to the images."""
+    images = images.astype("float32") / 255
+    plain = model.predict(images, batch_size=500, verbose=0)
+    both = plain + model.predict(images[:, :, ::-1], batch_size=500, verbose=0)
     accuracy = np.mean(plain.argmax(axis=1) == labels)
     with_flips = np.mean(both.argmax(axis=1) == labels)
     error = calibration_error(plain, labels)
     print(
         f"{name}: accuracy {accuracy:.4f}, with flips {with_flips:.4f}, calibration error {error:.4f}"
     )
+    return plain
 
 
-def main(paths):
+def main(path):
     data = Path(os.environ["CIFAR10_NPZ"])
     data_name = f"CIFAR-10, {data.stem.replace('_', ' ')}"
     with np.load(data) as file:
         x_val, y_val = file["x_train"][-5000:], file["y_train"][-5000:].reshape(-1)
         x_test, y_test = file["x_test"], file["y_test"].reshape(-1)
+    if TARGET.exists():
+        before = keras.models.load_model(TARGET, compile=False)
+        show(f"Validation, shipped before ({data_name})", before, x_val, y_val)
 
-    def answers_to(images, model):
-        images = images.astype("float32") / 255
-        mirrored = images[:, :, ::-1]
-        return [model.predict(side, batch_size=500, verbose=0) for side in (images, mirrored)]
-
-    models = [load(path) for path in paths]
-    for path, model in zip(paths, models):
-        show(f"Validation, {path} ({data_name})", answers_to(x_val, model), y_val)
     new = TARGET.with_name(f"new_{TARGET.name}")
-    save(mean_of(models), new)
+    pack(path, new)
+    as_trained = keras.models.load_model(new, compile=False)
+    answers = show(f"Validation, as trained ({data_name})", as_trained, x_val, y_val)
+    temperature = best_temperature(answers, y_val)
+    pack(path, new, temperature)
     shipped = keras.models.load_model(new, compile=False)
-    show(f"Validation, the mean ({data_name})", answers_to(x_val, shipped), y_val)
-    show(f"Test, the mean ({data_name})", answers_to(x_test, shipped), y_test)
+    show(f"Validation, temperature {temperature:.2f} ({data_name})", shipped, x_val, y_val)
+    show(f"Test, temperature {temperature:.2f} ({data_name})", shipped, x_test, y_test)
     new.replace(TARGET)
+    print(f"Renewed {TARGET}, {TARGET.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) != 2:
         sys.exit(__doc__)
     if not Path(os.environ.get("CIFAR10_NPZ", "")).is_file():
         sys.exit("CIFAR10_NPZ: set it to the array file of the real data.")
-    for path in sys.argv[1:]:
-        if not Path(path).is_file():
-            sys.exit(f"FILE: there is no file {path}. Name the HDF5 files of trained networks.")
-    main(sys.argv[1:])
+    if not Path(sys.argv[1]).is_file():
+        sys.exit(f"FILE: there is no file {sys.argv[1]}. Name the best_model.hdf5 of a run.")
+    main(sys.argv[1])

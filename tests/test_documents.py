@@ -54,11 +54,8 @@ COMMANDS = {
     'CIFAR10_NPZ="JPEG copy.npz" python benchmarks/throughput.py': "test_the_throughput",
     'CIFAR10_NPZ="JPEG copy.npz" python benchmarks/ablation.py': "test_the_ablation_and_the_race",
     'CIFAR10_NPZ="JPEG copy.npz" python benchmarks/ablation.py race': "test_the_ablation_and_the_race",
-    'CIFAR10_NPZ="JPEG copy.npz" PYTHONPATH=. python scripts/further_training.py FIRST FOLDER [SEED]': (
-        "test_it_goes_on_from_the_first_weights"
-    ),
-    'CIFAR10_NPZ="JPEG copy.npz" python scripts/ship.py FILE FILE...': (
-        "test_the_shipped_network_answers_with_the_mean_of_several"
+    'CIFAR10_NPZ="JPEG copy.npz" make release PRESET=full PRECISION=mixed_bfloat16': (
+        "test_a_release_ships_a_run_of_the_full_preset"
     ),
     "PYTHONPATH=. python scripts/several_machines.py 0 2 HOST:PORT": "test_one_training_by_two_processes",
     "PYTHONPATH=. python scripts/several_machines.py 1 2 HOST:PORT": "test_one_training_by_two_processes",
