@@ -5,8 +5,8 @@
 Runs the notebook's own cells up to the training (with other knobs, where given), then its `fit`, with augmentation and
 the plotter of the curves, over a part of an epoch (BATCHES=20), in turn with PRODUCTS=40 products of float32 matrices
 with SIDE=4096 rows and columns. Prints images a second, the network's operations (FLOP) an image, and the share of the
-products' rate: medians of five. Training counts three times the forward pass's operations. (What the other callbacks
-cost: live_view.py, resume.py.)
+products' rate: medians of five. Training counts three times the forward pass's operations. Then how many images a
+second the augmentation makes when nothing else runs. (What the other callbacks cost: live_view.py, resume.py.)
 """
 
 import ast
@@ -66,7 +66,7 @@ def main(arguments):
         )
         matrix = tf.random.normal((side, side))
         product = tf.function(lambda: tf.reduce_sum(tf.matmul(matrix, matrix)))
-        fit_times, product_times = [], []
+        fit_times, product_times, data_times = [], [], []
         for _ in range(6):  # the first of each warms up
             product_times.append(
                 seconds(lambda: [product().numpy() for _ in range(products)]) / products
@@ -74,11 +74,12 @@ def main(arguments):
             fit_times.append(
                 seconds(lambda: model.fit(part, shuffle=False, verbose=0, callbacks=[plotter]))
             )
-        report(names, batches, 2 * side**3, fit_times[1:], product_times[1:])
+            data_times.append(seconds(lambda: [part[batch] for batch in range(batches)]))
+        report(names, batches, 2 * side**3, fit_times[1:], product_times[1:], data_times[1:])
         os.chdir(paths.ROOT)
 
 
-def report(names, batches, product_flop, fit_times, product_times):
+def report(names, batches, product_flop, fit_times, product_times, data_times):
     size = names["BATCH_SIZE"]
     whole = forward_flop(names["model"])
     flop = 3 * size * batches * whole
@@ -94,6 +95,8 @@ def report(names, batches, product_flop, fit_times, product_times):
         f"training {flop / fit_time / 1e9:.0f} GFLOP/s, matrix product {product_rate:.0f} GFLOP/s"
     )
     print(f"share of the matrix product's rate: {statistics.median(shares):.2f}")
+    data_rate = size * batches / statistics.median(data_times)
+    print(f"augmentation alone: {data_rate:.0f} images a second")
     print(f"a whole training of {names['EPOCHS']} epochs: {training_flop(names) / 1e15:.3f} PFLOP")
 
 

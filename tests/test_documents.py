@@ -36,8 +36,10 @@ COMMANDS = {
     "make run PRECISION=mixed_float16": (
         "test_in_half_precision_weights_and_probabilities_stay_float32"
     ),
+    "make run PRECISION=mixed_bfloat16": (
+        "test_in_half_precision_weights_and_probabilities_stay_float32"
+    ),
     "python scripts/run_notebook.py EPOCHS=1": "test_end_to_end_on_the_stand_in_and_again",
-    'CIFAR10_NPZ="JPEG copy.npz" make run PRESET=full': "test_make_run_with_other_knobs_data_and_backend",
     "make lab": "test_make_has_these_targets",
     "make test": "test_make_has_these_targets",
     "make test-all": "test_make_has_these_targets",
@@ -209,7 +211,7 @@ def test_the_comparison_of_live_views(project):
 def test_the_throughput(project, small_data):
     knobs = "BATCHES=2 PRODUCTS=1 SIDE=256 'WIDTHS=[8,8,8]' BATCH_SIZE=100"
     said = run(f"python benchmarks/throughput.py {knobs}", cwd=project, CIFAR10_NPZ=str(small_data))
-    assert "images a second" in said and "share of the matrix product's rate" in said
+    assert "augmentation alone: " in said and "share of the matrix product's rate" in said
 
 
 @pytest.mark.slow

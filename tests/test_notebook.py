@@ -726,7 +726,7 @@ def test_a_preset_decides_what_was_not_set_and_an_unknown_one_is_refused(tmp_pat
         ("WIDTHS", 64, "WIDTHS: expected a list of one to four numbers, got 64"),
         ("WIDTHS", [64, "x"], "WIDTHS, number 2: expected a whole number from 1"),
         ("SHIFT", -1, "SHIFT: expected a whole number from 0"),
-        ("PRECISION", "float16", 'PRECISION: expected "float32" or "mixed_float16", got'),
+        ("PRECISION", "float16", 'PRECISION: expected "float32", "mixed_float16" or "mixed_bfl'),
         ("EPOCH", 3, "EPOCH is not a knob; EPOCHS is. Correct it, restart the kernel"),
         ("LEARNING_RATES", 0.1, "LEARNING_RATES is not a knob; LEARNING_RATE is."),
     ],
@@ -800,30 +800,35 @@ def test_a_batch_size_that_leaves_less_than_two_batches_is_refused():
 
 
 IN_HALF_PRECISION = """
+import sys
 import numpy as np
 from notebook_cells import cells_before_training
-names = cells_before_training(PRECISION="mixed_float16", WIDTHS=[8, 8, 16], BATCH_SIZE=100)
+half = sys.argv[1]  # float16 or bfloat16
+names = cells_before_training(PRECISION=f"mixed_{half}", WIDTHS=[8, 8, 16], BATCH_SIZE=100)
 model = names["model"]
-assert model.get_layer("block1_conv1").compute_dtype == "float16"
+assert model.get_layer("block1_conv1").compute_dtype == half
 assert model.get_layer("probabilities").compute_dtype == "float32"
 assert {weight.dtype for weight in model.weights} == {"float32"}
 assert names["small_network"]().layers[0].compute_dtype == "float32"
-assert "mixed_float16" in names["run_folder"].name
+assert f"mixed_{half}" in names["run_folder"].name
 loss = model.train_on_batch(*names["train_data"][0])[0]
-assert np.isfinite(loss) and int(model.optimizer.inner_optimizer.iterations) == 1
+# Only float16 needs an optimizer that scales the loss.
+optimizer = model.optimizer.inner_optimizer if half == "float16" else model.optimizer
+assert np.isfinite(loss) and int(optimizer.iterations) == 1
 print("as expected")
 """
 
 
 @pytest.mark.slow
-def test_in_half_precision_weights_and_probabilities_stay_float32(tmp_path):
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_in_half_precision_weights_and_probabilities_stay_float32(half, tmp_path):
     array_file(tmp_path / "made up.npz")
     env = {
         **os.environ,
         "CIFAR10_NPZ": str(tmp_path / "made up.npz"),
         "PYTHONPATH": str(ROOT / "scripts"),
     }
-    command = [sys.executable, "-c", IN_HALF_PRECISION]
+    command = [sys.executable, "-c", IN_HALF_PRECISION, half]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert ran.stdout.endswith("as expected\n"), ran.stderr
 
