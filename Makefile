@@ -1,8 +1,7 @@
-# make run [KNOB=value ...] · make lab · make test · make test-all · make release [REPOSITORY=owner/name]
+# make run [KNOB=value ...] · make lab · make test · make test-all · make release [PRESET=full | REPOSITORY=owner/name]
 # Each makes its own environment first.
 
 NOTEBOOK := CIFAR_10_Classification.ipynb
-RESULTS := models/runs
 VENV := .venv
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
@@ -14,7 +13,7 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python;
 	$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 # What was set on the command line is a knob of the notebook's `parameters` cell.
-KNOBS := $(foreach name,$(filter-out PYTHON VENV REPOSITORY PART,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),$(name)))
+KNOBS := $(foreach name,$(filter-out PYTHON VENV REPOSITORY PART CIFAR10_NPZ,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),$(name)))
 
 .DELETE_ON_ERROR:
 STACKS := $(basename $(notdir $(wildcard tests/stacks/*.txt)))
@@ -44,11 +43,8 @@ $(STACKS:%=test-%): test-%: tests/stacks/%.txt
 	KERAS_BACKEND=$(or $(filter jax torch,$*),tensorflow) $(VENV)/stacks/$*/$(notdir $(BIN))/python -m pytest \
 	-m 'stack$(if $(filter oldest,$*), or versions)$(if $(filter jax,$*), or devices)$(if $(filter colab,$*), or colab or (browser and not slow))'
 
-release: $(VENV)/ready-to-test
-	@test -n "$$CIFAR10_NPZ" || { echo "Set CIFAR10_NPZ to the array file of the real data." >&2; exit 2; }
-	$(if $(REPOSITORY),$(BIN)/python scripts/release.py --repository '$(REPOSITORY)')
-	$(MAKE) run
-	$(BIN)/python scripts/release.py "$$(ls -t $(RESULTS)/*/*.ipynb | head -1)"
+release: $(VENV)/ready
+	@$(BIN)/python scripts/release.py $(foreach name,$(KNOBS) $(if $(REPOSITORY),REPOSITORY),'$(name)=$($(name))')
 
 $(VENV)/ready: requirements.txt
 	@test -n "$(PYTHON)" || { echo "Please install Python 3.11, 3.12 or 3.13 (with venv) from python.org." >&2; exit 2; }

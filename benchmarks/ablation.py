@@ -155,9 +155,10 @@ def train(name, seed, names, flop):
             on_epoch_begin=lambda part, logs: setattr(images, "part", part)
         )
     folder = ROOT / "models" / "runs" / "ablation" / f"{list(VARIANTS).index(name)}-{seed}"
-    checkpoint = ResumableCheckpoint(
-        folder, monitor="loss", settings={"name": name, "seed": seed, "steps": len(images)}
-    )
+    about = {"name": name, "seed": seed, "steps": len(images)}
+    if settings is None:
+        about |= names["settings"]  # the notebook's recipe as it is today
+    checkpoint = ResumableCheckpoint(folder, monitor="loss", settings=about)
     fit |= dict(
         initial_epoch=checkpoint.restore(model),
         callbacks=[start, checkpoint],

@@ -1,10 +1,11 @@
-"""Renews what is committed from an executed run; `make release` and `make release PRESET=full` call it.
+"""Runs the notebook and renews by it what is committed: what `make release` does.
 
-    python scripts/release.py EXECUTED.ipynb
-    python scripts/release.py --repository OWNER/NAME     writes the address into badge and first cell, before a run
+    CIFAR10_NPZ=cifar10.npz python scripts/release.py [REPOSITORY=OWNER/NAME]
+    CIFAR10_NPZ=cifar10.npz python scripts/release.py PRESET=full [PRECISION=mixed_bfloat16]
 
-A run of the default preset gives the notebook's outputs and the figures; one of the `full` preset the shipped weights
-(by ship.py). The tests import `code_digest` from here, to notice a code cell edited since.
+A run of the default preset gives the notebook's outputs and the figures (with REPOSITORY, after the address was written
+into the badge and the first cell); one of the `full` preset gives the shipped weights, by ship.py. The tests import
+`code_digest` from here, to notice a code cell edited since.
 """
 
 import base64
@@ -15,13 +16,11 @@ import re
 import shutil
 import sys
 import sysconfig
-from pathlib import Path
 
 import nbformat
 from PIL import Image
+from run_notebook import NOTEBOOK, ROOT, RUNS, execute, read_knobs
 
-ROOT = Path(__file__).parent.parent
-NOTEBOOK = ROOT / "CIFAR_10_Classification.ipynb"
 # Where this machine keeps the libraries (with their example photographs): of no interest to a reader.
 LIBRARIES = sysconfig.get_path("purelib") + os.sep
 MOST_EXACT = 150_000  # characters of Base64, up to which a picture keeps all its colours
@@ -103,50 +102,72 @@ def clean(notebook):
     )
 
 
-def main():
-    if sys.argv[1] == "--repository":
-        notebook = nbformat.read(NOTEBOOK, as_version=4)
-        set_repository(notebook, sys.argv[2])
-        nbformat.write(notebook, NOTEBOOK)
-        readme = ROOT / "README.md"
-        readme.write_text(with_badge_to(readme.read_text(), sys.argv[2]))
-        return
-    notebook = nbformat.read(sys.argv[1], as_version=4)
-    text = printed(notebook)
-    folder = ROOT / re.search(r"This run is kept in (\S+)", text)[1]
-    if "STAND-IN" in text:
-        sys.exit("This run used the stand-in; a release shows real data. Set CIFAR10_NPZ.")
-    injected = [
-        cell.source
-        for cell in notebook.cells
-        if "injected-parameters" in cell.metadata.get("tags", [])
-    ]
-    knobs = [line for line in "".join(injected).splitlines() if line and not line.startswith("#")]
-    others = [line for line in knobs if not line.startswith(("PRESET =", "PRECISION ="))]
-    if others:
-        sys.exit(
-            f"A release has a preset's knobs, this run ({folder}) has others: {', '.join(others)}"
-        )
-    if 'PRESET = "full"' in knobs:
-        import ship  # with Keras, which takes seconds
+def check(knobs, repository):
+    """Ends the program where these knobs make no release, before anything is trained."""
+    names = " ".join(f"{name}={value}" for name, value in knobs.items())
+    if not os.environ.get("CIFAR10_NPZ"):
+        sys.exit("CIFAR10_NPZ: set it to the array file of the real data.")
+    if knobs.get("PRESET") == "full":
+        if repository or set(knobs) - {"PRESET", "PRECISION"}:
+            sys.exit(f"Weights are shipped with no other knobs than PRESET and PRECISION: {names}")
+    elif knobs:
+        sys.exit(f"The committed notebook shows a run without knobs: {names}")
+    elif runs := list(RUNS.glob("*/saved_model.hdf5")):
+        reason = "the notebook lists all runs, and shows a training from its beginning"
+        sys.exit(f"{runs[0].parent} is there, but {reason}. Move it away.")
 
-        ship.main(folder / "best_model.hdf5")
-        return
-    if knobs:
-        sys.exit(
-            f"The notebook shows a run without knobs, this one ({folder}) has {', '.join(knobs)}"
-        )
-    if "epoch 1/" not in text:
-        sys.exit(
-            f"This run trained nothing, as {folder} holds a finished one. Move that folder away and run again."
-        )
-    clean(notebook)
+
+def set_address(repository):
+    """Writes the repository's address, owner/name on GitHub, into the notebook and the first page."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    set_repository(notebook, repository)
     nbformat.write(notebook, NOTEBOOK)
+    readme = ROOT / "README.md"
+    readme.write_text(with_badge_to(readme.read_text(), repository))
+
+
+def renew_notebook(executed):
+    """Takes the outputs and figures of an executed notebook; texts may have been edited since it began."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    run = nbformat.read(executed, as_version=4)
+    if "STAND-IN" in printed(run):
+        sys.exit("This run used the stand-in; a release shows real data. Set CIFAR10_NPZ.")
+    if code_digest(run) != code_digest(notebook):
+        sys.exit(f"The notebook's code was edited while {executed} ran. Run it again.")
+    new = {cell.id: cell for cell in run.cells}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = new[cell.id].outputs
+            cell.execution_count = new[cell.id].execution_count
+    clean(notebook)
     (ROOT / "Images").mkdir(exist_ok=True)
     for name in FIGURES:
-        shutil.copy(folder / name, ROOT / "Images" / name)
-    print(f"Renewed {NOTEBOOK.name} and Images/ from {folder}")
+        shutil.copy(executed.parent / name, ROOT / "Images" / name)
+    nbformat.write(notebook, NOTEBOOK)
+    print(f"Renewed {NOTEBOOK.name} and Images/ from {executed.parent}")
+
+
+def main(arguments):
+    repository = ""
+    for argument in arguments:
+        if argument.startswith("REPOSITORY="):
+            repository = argument.partition("=")[2]
+            arguments = [other for other in arguments if other != argument]
+    os.chdir(ROOT)
+    knobs = read_knobs(arguments)
+    check(knobs, repository)
+    if repository:
+        set_address(repository)
+    executed, problem = execute(knobs)
+    if problem:
+        sys.exit(problem)
+    if knobs:
+        import ship  # with Keras, which takes seconds
+
+        ship.main(executed.parent / "best_model.hdf5")
+    else:
+        renew_notebook(executed)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

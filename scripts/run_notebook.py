@@ -15,11 +15,13 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "CIFAR_10_Classification.ipynb"
 RUNS = Path("models", "runs")
-STOPPED = "Stopped. Run the same command again to continue."
+AGAIN = "Run the same command again to continue."
+STOPPED = f"Stopped. {AGAIN}"
 
 
 def read_knobs(arguments):
@@ -75,8 +77,8 @@ class OnlyReports(logging.Filter):
         return bool(is_printed) or record.levelno >= logging.WARNING
 
 
-def main(arguments):
-    knobs = read_knobs(arguments)
+def execute(knobs):
+    """Runs the notebook with these knobs; returns where it is kept, and what has ended it early (or None)."""
     RUNS.mkdir(parents=True, exist_ok=True)
     executed = new_path()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -89,18 +91,20 @@ def main(arguments):
     try:
         papermill.execute_notebook(str(NOTEBOOK), str(executed), knobs, **options)
     except papermill.PapermillExecutionError as error:
-        is_stopped = error.ename == "KeyboardInterrupt"
-        problem = STOPPED if is_stopped else str(error)
+        problem = STOPPED if error.ename == "KeyboardInterrupt" else str(error)
     except KeyboardInterrupt:
         problem = STOPPED
+    except DeadKernelError:
+        problem = f"The kernel died, perhaps as the memory was full. {AGAIN}"
     executed = into_its_folder(executed)
     result = r"(?:Validation accuracy|Test accuracy[a-z ]*): [01][^\"\\]*"
     text = executed.read_text(encoding="utf-8")
     for line in dict.fromkeys(re.findall(result, text)):
         print(line)
     print(f"Executed notebook: {executed}")
-    sys.exit(problem)
+    return executed, problem
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    _, problem = execute(read_knobs(sys.argv[1:]))
+    sys.exit(problem)

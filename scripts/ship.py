@@ -2,14 +2,15 @@
 
     CIFAR10_NPZ=cifar10.npz python scripts/ship.py FILE
 
-FILE: the `best_model.hdf5` of a run of the notebook. Prints how good the network is that was shipped before and the
-new one, and how far their probabilities are from the shares of right answers (expected calibration error).
+FILE: the `best_model.hdf5` of a run of the notebook. Prints how good the network is that was shipped before, the one in
+FILE, and the new one, and how far their probabilities are from the shares of right answers (calibration error).
 """
 
 import json
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -31,7 +32,7 @@ def rounded(weights):
 
 
 def pack(source, target, temperature=1.0):
-    """Copies a network's file: its filters rounded, compressed, without what only a resumed training needs.
+    """Copies a network's file: its filters rounded, compressed, without what only a training needs.
 
     The copy computes in float32, and its layer `logits` divides them by the temperature.
     """
@@ -39,26 +40,23 @@ def pack(source, target, temperature=1.0):
 
         def copy(name, item):
             if isinstance(item, h5py.Dataset):
-                new = packed.create_dataset(
-                    name,
-                    data=rounded(item[()]),
-                    compression="gzip",
-                    compression_opts=9,
-                    shuffle=True,
-                )
+                options = {"compression": "gzip", "compression_opts": 9, "shuffle": True}
+                new = packed.create_dataset(name, data=rounded(item[()]), **options)
             else:
                 new = packed.require_group(name)
             new.attrs.update(item.attrs)
 
         copy("model_weights", file["model_weights"])
         file["model_weights"].visititems(lambda name, item: copy(f"model_weights/{name}", item))
-        packed.attrs.update(file.attrs)
-        text = re.sub(r'"(mixed_)?b?float16"', '"float32"', file.attrs["model_config"])
-        config = json.loads(text)
-        for layer in config["config"]["layers"]:
-            if layer["config"]["name"] == "logits":
-                layer["config"]["scale"] /= temperature
+        config = json.loads(
+            re.sub(r'"(mixed_)?b?float16"', '"float32"', file.attrs["model_config"])
+        )
+        layers = [layer["config"] for layer in config["config"]["layers"]]
+        (logits,) = [layer for layer in layers if layer["name"] == "logits"]
+        logits["scale"] /= temperature
         packed.attrs["model_config"] = json.dumps(config)
+        packed.attrs["backend"] = file.attrs["backend"]
+        packed.attrs["keras_version"] = file.attrs["keras_version"]
 
 
 def best_temperature(probabilities, labels):
@@ -96,6 +94,10 @@ def show(name, model, images, labels):
 
 
 def main(path):
+    if not Path(os.environ.get("CIFAR10_NPZ", "")).is_file():
+        sys.exit("CIFAR10_NPZ: set it to the array file of the real data.")
+    if not Path(path).is_file():
+        sys.exit(f"FILE: there is no file {path}. Name the best_model.hdf5 of a run.")
     data = Path(os.environ["CIFAR10_NPZ"])
     data_name = f"CIFAR-10, {data.stem.replace('_', ' ')}"
     with np.load(data) as file:
@@ -104,25 +106,28 @@ def main(path):
     if TARGET.exists():
         before = keras.models.load_model(TARGET, compile=False)
         show(f"Validation, shipped before ({data_name})", before, x_val, y_val)
+    trained = keras.models.load_model(path, compile=False)
+    as_trained = show(f"Validation, as trained ({data_name})", trained, x_val, y_val)
 
-    new = TARGET.with_name(f"new_{TARGET.name}")
-    pack(path, new)
-    as_trained = keras.models.load_model(new, compile=False)
-    answers = show(f"Validation, as trained ({data_name})", as_trained, x_val, y_val)
-    temperature = best_temperature(answers, y_val)
-    pack(path, new, temperature)
-    shipped = keras.models.load_model(new, compile=False)
-    show(f"Validation, temperature {temperature:.2f} ({data_name})", shipped, x_val, y_val)
-    show(f"Test, temperature {temperature:.2f} ({data_name})", shipped, x_test, y_test)
-    new.replace(TARGET)
-    print(f"Renewed {TARGET}, {TARGET.stat().st_size / 1e6:.1f} MB")
+    with tempfile.TemporaryDirectory(dir=TARGET.parent) as folder:
+        new = Path(folder, TARGET.name)
+        pack(path, new)
+        packed = keras.models.load_model(new, compile=False)
+        answers = show(f"Validation, packed ({data_name})", packed, x_val, y_val)
+        print(f"largest change of a probability by that: {abs(answers - as_trained).max():.4f}")
+        temperature = best_temperature(answers, y_val)
+        pack(path, new, temperature)
+        shipped = keras.models.load_model(new, compile=False)
+        name = f"temperature {temperature:.2f} ({data_name})"
+        show(f"Validation, {name}", shipped, x_val, y_val)
+        answers = show(f"Test, {name}", shipped, x_test, y_test).argmax(axis=1)
+        recall = [np.mean(answers[y_test == label] == label) for label in range(10)]
+        print("recall of each class:", " ".join(f"{share:.2f}" for share in recall))
+        new.replace(TARGET)
+    print(f"Renewed {TARGET}: {TARGET.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    if not Path(os.environ.get("CIFAR10_NPZ", "")).is_file():
-        sys.exit("CIFAR10_NPZ: set it to the array file of the real data.")
-    if not Path(sys.argv[1]).is_file():
-        sys.exit(f"FILE: there is no file {sys.argv[1]}. Name the best_model.hdf5 of a run.")
     main(sys.argv[1])
