@@ -57,7 +57,7 @@ COMMANDS = {
     'CIFAR10_NPZ="JPEG copy.npz" python benchmarks/ablation.py': "test_the_ablation_and_the_race",
     'CIFAR10_NPZ="JPEG copy.npz" python benchmarks/ablation.py race': "test_the_ablation_and_the_race",
     'CIFAR10_NPZ="JPEG copy.npz" make release PRESET=full PRECISION=mixed_bfloat16': (
-        "test_a_release_ships_a_run_of_the_full_preset"
+        "test_a_release_of_the_full_preset_ships_its_weights"
     ),
     "PYTHONPATH=. python scripts/several_machines.py 0 2 HOST:PORT": "test_one_training_by_two_processes",
     "PYTHONPATH=. python scripts/several_machines.py 1 2 HOST:PORT": "test_one_training_by_two_processes",
