@@ -20,6 +20,7 @@ import zlib
 from pathlib import Path
 from zipfile import BadZipFile
 
+import h5py
 import keras
 import nbformat
 import numpy as np
@@ -942,8 +943,13 @@ def test_the_shipped_weights_load_in_plain_keras():
     )
     assert result.returncode == 0, result.stderr
     expected = [
-        [0.348, 0.0315, 0.104, 0.1069, 0.0472, 0.0262, 0.0348, 0.0285, 0.2412, 0.0318],
-        [0.3167, 0.1991, 0.0485, 0.1049, 0.0274, 0.0179, 0.0226, 0.0143, 0.0361, 0.2125],
+        [0.1141, 0.0419, 0.0443, 0.052, 0.0626, 0.0272, 0.0327, 0.0448, 0.5377, 0.0427],
+        [0.0031, 0.0147, 0.003, 0.0038, 0.0035, 0.0023, 0.0028, 0.004, 0.0034, 0.9594],
     ]
     np.testing.assert_allclose(json.loads(result.stdout), expected, atol=0.002)
-    assert Path(ROOT, "models", "best_model.hdf5").stat().st_size < 40e6
+    path = ROOT / "models" / "best_model.hdf5"
+    card = (ROOT / "models" / "README.md").read_text()
+    assert f"({path.stat().st_size / 1e6:.1f} MB)" in card
+    with h5py.File(path) as file:
+        assert set(file) == {"model_weights"}  # and no optimizer's state
+        assert "float16" not in file.attrs["model_config"]
