@@ -33,6 +33,7 @@ COMMANDS = {
     'CIFAR10_NPZ="JPEG copy.npz" make run': "test_make_run_with_other_knobs_data_and_backend",
     "KERAS_BACKEND=jax make run": "test_make_run_with_other_knobs_data_and_backend",
     "make run SEED=1": "test_make_run_with_other_knobs_data_and_backend",
+    "make run SEED=2": "test_make_run_with_other_knobs_data_and_backend",
     "make run PRECISION=mixed_float16": (
         "test_in_half_precision_weights_and_probabilities_stay_float32"
     ),
@@ -63,6 +64,7 @@ COMMANDS = {
     "PYTHONPATH=. python scripts/several_machines.py 1 2 HOST:PORT": "test_one_training_by_two_processes",
     ".venv/bin/python -m pytest tests/test_old_weights.py": "test_load_weights_into_a_matching_network",
     "pip install tensorboard": INSTALLS,
+    "pip install pillow-heif": INSTALLS,
     ".venv/bin/pip install jax": INSTALLS,
     "pip install jax": INSTALLS,
     '.venv/bin/pip install "tensorflow[and-cuda]"': INSTALLS,
@@ -212,6 +214,7 @@ def test_the_throughput(project, small_data):
     knobs = "BATCHES=2 PRODUCTS=1 SIDE=256 'WIDTHS=[8,8,8]' BATCH_SIZE=100"
     said = run(f"python benchmarks/throughput.py {knobs}", cwd=project, CIFAR10_NPZ=str(small_data))
     assert "augmentation alone: " in said and "share of the matrix product's rate" in said
+    assert float(re.search(r"between two epochs: ([0-9.]+) s", said)[1]) >= 0
 
 
 @pytest.mark.slow
