@@ -181,7 +181,7 @@ def resident():
 
 
 def what_an_epoch_costs(widths, predictions, images=1000):
-    """What the plotters add to an epoch of 45,000 images in batches of 250, and 5,000 for validation.
+    """What the plotters add to an epoch of 45,000 images in batches of 500, and 5,000 for validation.
 
     How long that takes is measured with 1,000 of each.
     """
@@ -202,7 +202,7 @@ def what_an_epoch_costs(widths, predictions, images=1000):
     y = np.eye(10, dtype="float32")[np.arange(images) % 10]
     metric = keras.metrics.OneHotMeanIoU(10)
     model, update = network(widths, metrics=["accuracy", metric]), tf.function(metric.update_state)
-    epoch = 45 * seconds(lambda: model.fit(x, y, 250, verbose=0), 3)
+    epoch = 45 * seconds(lambda: model.fit(x, y, 500, verbose=0), 3)
     epoch += 5 * seconds(lambda: model.evaluate(x, y, 500, verbose=0), 3)
     classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
     curves = AccLossPlotter(verbose=0)
@@ -233,7 +233,7 @@ def what_an_epoch_costs(widths, predictions, images=1000):
         took[name] = seconds(end_epoch, 5, plotter)
     took["predicted"] *= 5
     # The updates in training and in validation.
-    took["matrix"] += 10 * 5000 / 250 * seconds(update, 50, y[:250], y[:250])
+    took["matrix"] += 10 * 5000 / 500 * seconds(update, 50, y[:500], y[:500])
     board = _Board([curves, held, looked])
     board.live_path = Path("live.html").absolute()
     took["live"] = seconds(board.show, 9)

@@ -64,6 +64,7 @@ COMMANDS = {
     "PYTHONPATH=. python scripts/several_machines.py 1 2 HOST:PORT": "test_one_training_by_two_processes",
     ".venv/bin/python -m pytest tests/test_old_weights.py": "test_load_weights_into_a_matching_network",
     "pip install tensorboard": INSTALLS,
+    "pip install keras tensorflow pillow": INSTALLS,
     "pip install pillow-heif": INSTALLS,
     ".venv/bin/pip install jax": INSTALLS,
     "pip install jax": INSTALLS,
