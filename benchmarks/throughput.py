@@ -5,9 +5,9 @@
 Runs the notebook's own cells up to the training (with other knobs, where given), then its `fit`, with augmentation and
 the plotter of the curves, over a part of an epoch (BATCHES=20), in turn with PRODUCTS=40 products of float32 matrices
 with SIDE=4096 rows and columns. Prints images a second, the network's operations (FLOP) an image, and the share of the
-products' rate: medians of five. Training counts three times the forward pass's operations. Then how long a training
-stands still between two epochs (validation aside), and how many images a second the augmentation makes when nothing
-else runs. (What the other callbacks cost: live_view.py, resume.py.)
+products' rate: medians of five. Training counts three times the forward pass's operations. Then how many images a
+second the augmentation makes when nothing else runs, and how long a training stands still between two epochs
+(validation aside). (What the other callbacks cost: live_view.py, resume.py.)
 """
 
 import ast
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import keras
+import numpy as np
 import paths  # noqa: F401
 from notebook_cells import cells_before_training, forward_flop, training_flop
 
@@ -50,18 +51,16 @@ class Clock(keras.callbacks.Callback):
         self.ends.append(time.perf_counter())
 
 
-def pauses(model, train_data, plotter):
+def pauses(names, plotter):
     """Seconds from one epoch's last batch to the next one's first, less a batch: ten, after epochs of three batches."""
+    train_data = names["train_data"]
     clock = Clock()
-    start = keras.callbacks.LambdaCallback(
-        on_epoch_begin=lambda epoch, logs: train_data.start_epoch(epoch)
-    )
-    callbacks = [start, plotter, clock]
-    model.fit(Part(train_data, 3), epochs=11, shuffle=False, verbose=0, callbacks=callbacks)
-    times = [end - before for before, end in zip(clock.ends, clock.ends[1:])]
-    between = times[2::3]
-    inside = [time for place, time in enumerate(times) if place % 3 != 2]
-    return [time - statistics.median(inside) for time in between]
+    callbacks = [names["starts_epochs"](train_data), plotter, clock]
+    part = Part(train_data, 3)
+    names["model"].fit(part, epochs=11, shuffle=False, verbose=0, callbacks=callbacks)
+    steps = np.diff(clock.ends)
+    is_new_epoch = np.arange(1, len(clock.ends)) % 3 == 0
+    return steps[is_new_epoch] - np.median(steps[~is_new_epoch])
 
 
 def seconds(function):
@@ -101,10 +100,8 @@ def main(arguments):
             )
             data_times.append(seconds(lambda: [part[batch] for batch in range(batches)]))
         report(names, batches, 2 * side**3, fit_times[1:], product_times[1:], data_times[1:])
-        between = pauses(model, train_data, plotter)
-        print(
-            f"between two epochs: {statistics.median(between):.2f} s, at most {max(between):.2f} s"
-        )
+        between = pauses(names, plotter)
+        print(f"between two epochs: {np.median(between):.2f} s, at most {between.max():.2f} s")
         os.chdir(paths.ROOT)
 
 
