@@ -24,6 +24,8 @@ from run_notebook import NOTEBOOK, ROOT, RUNS, execute, read_knobs
 # Where this machine keeps the libraries (with their example photographs): of no interest to a reader.
 LIBRARIES = sysconfig.get_path("purelib") + os.sep
 MOST_EXACT = 150_000  # characters of Base64, up to which a picture keeps all its colours
+# Of a cell's metadata: its tags, and whether it is folded in Jupyter and in Colab.
+KEPT = ("tags", "jupyter", "cellView")
 FIGURES = (
     "sample.png",
     "loss.png",
@@ -84,8 +86,8 @@ def packed(png):
 def clean(notebook):
     """Drops what the runner and the machine left behind (metadata, start-up lines, folders); packs the pictures."""
     for cell in notebook.cells:
-        tags = cell.metadata.get("tags", [])
-        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        kept = {key: cell.metadata[key] for key in KEPT if cell.metadata.get(key)}
+        cell.metadata = nbformat.from_dict(kept)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.outputs:

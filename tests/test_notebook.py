@@ -870,6 +870,11 @@ def test_the_notebook_keeps_to_its_shape():
     assert (
         max(len([line for line in cell.source.splitlines() if line.strip()]) for cell in code) <= 25
     )
+    # A folded cell is folded in Jupyter and in Colab, and its first line says what it does.
+    in_jupyter = [cell for cell in code if cell.metadata.get("jupyter", {}).get("source_hidden")]
+    in_colab = [cell for cell in code if cell.metadata.get("cellView") == "form"]
+    titled = [cell for cell in code if cell.source.startswith("# @title ")]
+    assert in_jupyter == in_colab == titled and len(titled) > 5
 
 
 def test_the_committed_outputs_are_those_of_the_committed_code():
@@ -908,7 +913,8 @@ def test_the_tables_of_what_matters_are_those_of_the_results():
 
 def test_clean_drops_what_the_runner_left():
     cell = nbformat.v4.new_code_cell(
-        "1", metadata={"papermill": {"duration": 1}, "tags": ["parameters"]}
+        "1",
+        metadata={"papermill": {"duration": 1}, "tags": ["parameters"], "cellView": "form"},
     )
     example = sysconfig.get_path("purelib") + "/sklearn/china.jpg: ship"
     cell.outputs = [
@@ -920,7 +926,7 @@ def test_clean_drops_what_the_runner_left():
     assert (
         "papermill" not in json.dumps(notebook)
         and [output.text for output in cell.outputs] == ["sklearn/china.jpg: ship"]
-        and cell.metadata.tags == ["parameters"]
+        and cell.metadata == {"tags": ["parameters"], "cellView": "form"}
     )
     edited = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("2")])
     assert notebook.metadata.code_digest == code_digest(notebook) != code_digest(edited)
